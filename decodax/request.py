@@ -1,0 +1,186 @@
+"""Turning prompts and options into a `Request`, with every check that needs their values.
+
+This runs on the host, before anything compiles. Axes: `B` batch, `S` token slots, `E` stop ids.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decodax import noise
+from decodax.types import Request
+from decodax.types import Sampling
+
+Prompts = Sequence[Sequence[int]] | np.ndarray | jax.Array
+
+
+def make_request(
+  prompts: Prompts,
+  *,
+  max_new_tokens: int | Sequence[int],
+  vocab_size: int,
+  prompt_lengths: Sequence[int] | None = None,
+  temperature: float | Sequence[float] = 0.0,
+  top_k: int | Sequence[int] | None = None,
+  top_p: float | Sequence[float] | None = None,
+  min_p: float | Sequence[float] | None = None,
+  repetition_penalty: float | Sequence[float] | None = None,
+  eos_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+  seed: int = 0,
+  row_ids: Sequence[int] | None = None,
+  capacity: int | None = None,
+) -> Request:
+  """Returns a checked request of B rows.
+
+  Every option may be one value or one per row. Rows with the same seed and row id draw the same
+  random numbers, whatever stands beside them in the batch.
+
+  Args:
+    prompts: token ids: ragged sequences, or an integer array [B, P] right-padded with anything,
+      whose valid lengths are `prompt_lengths`.
+    max_new_tokens: how many tokens to emit at most.
+    vocab_size: of the target; prompt and stop ids must be below it.
+    prompt_lengths: valid tokens per row of an array of prompts; default all of it.
+    temperature: 0 is greedy.
+    top_k: keep the k most likely tokens; 0 is off.
+    top_p: keep the most likely tokens that together have this probability; 1 is off.
+    min_p: keep tokens at least this fraction as likely as the likeliest; 0 is off.
+    repetition_penalty: divides (multiplies, if negative) logits of tokens seen so far; 1 is off.
+    eos_ids: stop ids for all rows, or one sequence per row.
+    seed: seed of the row keys.
+    row_ids: what tells the rows' random numbers apart; default 0..B-1.
+    capacity: token slots per row, S. Compiled code is reused for equal S. Default: the longest
+      prompt plus max_new_tokens, rounded up to a power of two, at least 64.
+
+  Raises:
+    ValueError: for an empty batch or prompt, ids outside the vocabulary, a prompt and budget beyond
+      `capacity`, or sampling values that make no sense.
+  """
+  tokens, lengths = _pad_prompts(prompts, prompt_lengths)
+  batch_size = len(lengths)
+  budget = _per_row('max_new_tokens', max_new_tokens, batch_size, np.int32)
+  _require(budget > 0, 'max_new_tokens', budget, 'must be at least 1')
+  needed = int((lengths + budget).max())
+  if capacity is None:
+    capacity = max(64, 1 << (needed - 1).bit_length())
+  if needed > capacity:
+    row = int((lengths + budget).argmax())
+    raise ValueError(
+      f'prompt and max_new_tokens do not fit: row {row} needs {lengths[row]} + {budget[row]} '
+      f'= {needed} token slots, {capacity=}. Raise capacity, shorten the prompt, or lower '
+      f'max_new_tokens.'
+    )
+  width = min(tokens.shape[1], capacity)
+  valid = np.arange(width)[None] < lengths[:, None]
+  _check_vocabulary('prompts', tokens[:, :width][valid], vocab_size)
+  buffer = np.zeros((batch_size, capacity), np.int32)
+  buffer[:, :width] = np.where(valid, tokens[:, :width], 0)
+
+  rows = np.arange(batch_size) if row_ids is None else np.asarray(row_ids)
+  if rows.shape != (batch_size,):
+    raise ValueError(f'row_ids needs one id per row: {rows.shape=}, {batch_size=}')
+  return Request(
+    tokens=jnp.asarray(buffer),
+    prompt_length=jnp.asarray(lengths, jnp.int32),
+    rng_keys=noise.row_keys(seed, jnp.asarray(rows, jnp.int32)),
+    sampling=_make_sampling(batch_size, temperature, top_k, top_p, min_p, repetition_penalty),
+    max_new_tokens=jnp.asarray(budget),
+    eos_ids=jnp.asarray(_pad_eos_ids(eos_ids, batch_size, vocab_size)),
+  )
+
+
+def _make_sampling(batch_size, temperature, top_k, top_p, min_p, repetition_penalty) -> Sampling:
+  checks = {
+    'temperature': (temperature, np.float32, lambda v: v >= 0, 'must be at least 0'),
+    'top_k': (top_k, np.int32, lambda v: v >= 0, 'must be at least 0; 0 is off'),
+    'top_p': (top_p, np.float32, lambda v: (v > 0) & (v <= 1), 'must be in (0, 1]; 1 is off'),
+    'min_p': (min_p, np.float32, lambda v: (v >= 0) & (v <= 1), 'must be in [0, 1]; 0 is off'),
+    'repetition_penalty': (repetition_penalty, np.float32, lambda v: v > 0,
+                           'must be positive; 1 is off'),
+  }  # fmt: skip
+  values = {}
+  for name, (value, dtype, allowed, rule) in checks.items():
+    if value is None:
+      values[name] = None
+      continue
+    rows = _per_row(name, value, batch_size, dtype)
+    _require(np.isfinite(rows) & allowed(rows), name, rows, rule)
+    values[name] = jnp.asarray(rows)
+  return Sampling(**values)
+
+
+def _pad_prompts(prompts, prompt_lengths):
+  """Returns (i32[B, P], i32[B])."""
+  if isinstance(prompts, (np.ndarray, jax.Array)):
+    tokens = np.asarray(prompts)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+      raise ValueError(
+        f'an array of prompts must be integer [B, P]: {tokens.shape=}, {tokens.dtype=}'
+      )
+    lengths = np.full(tokens.shape[0], tokens.shape[1])
+    if prompt_lengths is not None:
+      lengths = np.asarray(prompt_lengths)
+      if lengths.shape != tokens.shape[:1] or lengths.max(initial=0) > tokens.shape[1]:
+        raise ValueError(
+          f'prompt_lengths must be one length per row, at most {tokens.shape[1]}: {prompt_lengths=}'
+        )
+  else:
+    if prompt_lengths is not None:
+      raise ValueError('prompt_lengths goes with an array of prompts, not with a list of them')
+    rows = [np.asarray(row) for row in prompts]
+    for index, row in enumerate(rows):
+      if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
+        raise ValueError(
+          f'prompt {index} must be a flat sequence of token ids: {row.shape=}, '
+          f'{row.dtype=}. For one prompt pass [prompt].'
+        )
+    lengths = np.asarray([row.size for row in rows], np.int64)
+    tokens = np.zeros((len(rows), max(lengths.max(initial=0), 1)), np.int64)
+    for index, row in enumerate(rows):
+      tokens[index, : row.size] = row
+  if not len(lengths):
+    raise ValueError('prompts is empty; pass at least one prompt')
+  if lengths.min() < 1:
+    raise ValueError(
+      f'prompt {int(lengths.argmin())} is empty; it needs at least one token, such '
+      f'as the beginning-of-sequence id'
+    )
+  return tokens, lengths
+
+
+def _pad_eos_ids(eos_ids, batch_size, vocab_size):
+  """Returns i32[B, E], padded with -1."""
+  per_row = len(eos_ids) > 0 and not np.isscalar(eos_ids[0]) and np.ndim(eos_ids[0]) > 0
+  rows = [list(row) for row in eos_ids] if per_row else [list(eos_ids)] * batch_size
+  if len(rows) != batch_size:
+    raise ValueError(f'eos_ids needs one sequence per row: {len(rows)=}, {batch_size=}')
+  _check_vocabulary('eos_ids', np.asarray([i for row in rows for i in row], np.int64), vocab_size)
+  padded = np.full((batch_size, max(map(len, rows))), -1, np.int32)
+  for index, row in enumerate(rows):
+    padded[index, : len(row)] = row
+  return padded
+
+
+def _per_row(name, value, batch_size, dtype):
+  given = np.asarray(value)
+  if np.issubdtype(dtype, np.integer) and not np.issubdtype(given.dtype, np.integer):
+    raise ValueError(f'{name} must be an integer, or one per row: {value!r}')
+  if given.shape not in ((), (batch_size,)):
+    raise ValueError(f'{name} must be one value or {batch_size}, one per row: {given.shape=}')
+  return np.broadcast_to(given.astype(dtype), (batch_size,))
+
+
+def _require(ok, name, values, rule):
+  if not np.all(ok):
+    raise ValueError(f'{name} {rule}: got {values[int(np.argmin(ok))]}')
+
+
+def _check_vocabulary(name, ids, vocab_size):
+  wrong = ids[(ids < 0) | (ids >= vocab_size)]
+  if wrong.size:
+    raise ValueError(
+      f'{name} holds token id {wrong[0]}, outside the vocabulary of {vocab_size}; '
+      f'is this the tokenizer of this model?'
+    )

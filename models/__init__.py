@@ -1,0 +1,1 @@
+"""Flax targets, their loaders and their adapters to decodax."""

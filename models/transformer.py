@@ -1,0 +1,295 @@
+"""One decoder for Llama, SmolLM2, Mistral, Qwen, Gemma and bidirectional relatives.
+
+Axes: `B` batch, `T` tokens, `N` block nodes, `L` layers, `D` hidden size, `F` MLP size, `V`
+vocabulary, `H` query heads, `Hkv` key/value heads, `G = H / Hkv`, `Dh` head size, `X` experts.
+
+Layers are stacked along a leading L axis and run by one scan, so compile time does not grow with
+depth. Projections that read the same input are stored as one matrix, `[in, out]`.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from decodax.kv_cache import KVBlock
+from decodax.kv_cache import KVCache
+from decodax.kv_cache import write_kv_block
+from decodax.types import ModelOutput
+from models.config import TransformerConfig
+from models.config import layer_windows
+from models.config import rope_frequencies
+from models.moe import ExpertMLP
+from pallas_kernels.block_attention import Prefix
+from pallas_kernels.block_attention import block_attention
+
+_ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+_normal = nnx.initializers.normal(0.02)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm, computed in float32."""
+
+  def __init__(self, size: int, config: TransformerConfig, *, param_dtype):
+    start = jnp.zeros if config.norm_plus_one else jnp.ones
+    self.scale = nnx.Param(start((size,), param_dtype))
+    self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns x[..., size] normalised over its last axis, in x's dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+    scale = self.scale[...].astype(jnp.float32)
+    return (wide * _as_row(scale + 1 if self.plus_one else scale, x)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Projections around block attention. Query heads are grouped by the key head they read."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+    heads, kv, group, dim = (
+      config.num_heads,
+      config.num_kv_heads,
+      config.group_size,
+      config.head_dim,
+    )
+    self.config = config
+    # For each key head: its G queries, the key, the value.
+    self.qkv = nnx.Param(
+      _normal(rngs.params(), (config.hidden_size, kv, group + 2, dim), param_dtype)
+    )
+    self.out = nnx.Param(_normal(rngs.params(), (heads * dim, config.hidden_size), param_dtype))
+    norm = functools.partial(RMSNorm, dim, config, param_dtype=param_dtype)
+    zeros = _zeros(param_dtype)
+    self.qkv_bias = zeros(kv, group + 2, dim) if config.qkv_bias else None
+    self.out_bias = zeros(config.hidden_size) if config.out_bias else None
+    self.q_norm = norm() if config.qk_norm else None
+    self.k_norm = norm() if config.qk_norm else None
+
+  def __call__(self, x: jax.Array, site: 'AttentionSite') -> tuple[jax.Array, tuple]:
+    """Returns (f[B, T, D], this block's own (keys, values) f[B, Hkv, T, Dh])."""
+    config = self.config
+    batch, length, _ = x.shape
+    kernel = self.qkv[...].astype(x.dtype)
+    qkv = x @ kernel.reshape(config.hidden_size, -1)
+    qkv = qkv.reshape(batch, length, *kernel.shape[1:])
+    if self.qkv_bias is not None:
+      qkv = qkv + self.qkv_bias[...].astype(x.dtype)[None, None]
+    queries, keys, values = jnp.split(qkv, [config.group_size, config.group_size + 1], axis=3)
+    queries = queries.reshape(batch, length, config.num_heads, config.head_dim)
+    keys = keys[:, :, :, 0]
+    if self.q_norm is not None and self.k_norm is not None:
+      queries, keys = self.q_norm(queries), self.k_norm(keys)
+    queries, keys = _rotate(queries, site.rotation), _rotate(keys, site.rotation)
+    own = tuple(a.transpose(0, 2, 1, 3) for a in (keys, values[:, :, :, 0]))
+    mixed = site.attend(queries, *own).reshape(batch, length, -1)
+    y = mixed @ self.out[...].astype(x.dtype)
+    if self.out_bias is not None:
+      y = y + _as_row(self.out_bias[...].astype(x.dtype), y)
+    return y, own
+
+
+class MLP(nnx.Module):
+  """Gated MLP (SwiGLU or GeGLU)."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+    size, width = config.hidden_size, config.intermediate_size
+    self.activation = config.activation
+    self.gate_up = nnx.Param(_normal(rngs.params(), (size, 2, width), param_dtype))
+    self.down = nnx.Param(_normal(rngs.params(), (width, size), param_dtype))
+    zeros = _zeros(param_dtype)
+    self.gate_up_bias = zeros(2, width) if config.mlp_bias else None
+    self.down_bias = zeros(size) if config.mlp_bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns f[B, T, D]."""
+    kernel = self.gate_up[...].astype(x.dtype)
+    both = x @ kernel.reshape(kernel.shape[0], -1)
+    if self.gate_up_bias is not None:
+      both = both + _as_row(self.gate_up_bias[...].astype(x.dtype).reshape(-1), both)
+    gate, up = jnp.split(both, 2, axis=-1)
+    y = (_ACTIVATIONS[self.activation](gate) * up) @ self.down[...].astype(x.dtype)
+    if self.down_bias is not None:
+      y = y + _as_row(self.down_bias[...].astype(x.dtype), y)
+    return y
+
+
+class Layer(nnx.Module):
+  """One transformer layer."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    norm = functools.partial(RMSNorm, config.hidden_size, config, param_dtype=param_dtype)
+    self.attention_norm, self.mlp_norm = norm(), norm()
+    self.attention_post_norm = norm() if config.post_norms else None
+    self.mlp_post_norm = norm() if config.post_norms else None
+    self.attention = Attention(config, rngs=rngs, param_dtype=param_dtype)
+    mlp = ExpertMLP if config.num_experts else MLP
+    self.mlp = mlp(config, rngs=rngs, param_dtype=param_dtype)
+
+  def __call__(self, x: jax.Array, site: 'AttentionSite') -> tuple[jax.Array, tuple]:
+    """Returns (the residual stream f[B, T, D], this block's own keys and values)."""
+    y, own = self.attention(self.attention_norm(x), site)
+    x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+    y = self.mlp(self.mlp_norm(x))
+    return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), own
+
+
+class AttentionSite(NamedTuple):
+  """What a layer needs to know about where it stands."""
+
+  rotation: tuple[jax.Array, jax.Array]  # cos and sin, f32[B, T, 1, Dh/2]
+  attend: Callable  # (queries f[B, T, H, Dh], keys, values f[B, Hkv, T, Dh]) -> f[B, T, H, Dh]
+
+
+class Transformer(nnx.Module):
+  """A decoder: embedding, stacked layers, final norm, head.
+
+  Args:
+    config: shape and options.
+    rngs: where initial parameters come from.
+    param_dtype: storage dtype of the parameters.
+    dtype: dtype of activations and of the cache.
+  """
+
+  def __init__(
+    self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32, dtype=jnp.float32
+  ):
+    self.config, self.dtype = config, dtype
+    shape = (config.vocab_size, config.hidden_size)
+    self.embedding = nnx.Param(_normal(rngs.params(), shape, param_dtype))
+    self.layers = nnx.vmap(
+      lambda keys: Layer(config, rngs=nnx.Rngs(params=keys), param_dtype=param_dtype)
+    )(jax.random.split(rngs.params(), config.num_layers))
+    self.final_norm = RMSNorm(config.hidden_size, config, param_dtype=param_dtype)
+    self.head = (
+      None if config.tie_embeddings else nnx.Param(_normal(rngs.params(), shape[::-1], param_dtype))
+    )
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """Returns f[B, T, D] for tokens i32[B, T]."""
+    x = self.embedding[...][tokens].astype(self.dtype)
+    return x * jnp.asarray(self.config.embedding_scale, self.dtype)
+
+  def unembed(self, hidden: jax.Array) -> jax.Array:
+    """Returns logits f32[..., V] for hidden f[..., D] after the final norm."""
+    if self.head is None:
+      kernel = self.embedding[...].astype(hidden.dtype)
+      logits = jnp.einsum('...d,vd->...v', hidden, kernel, preferred_element_type=jnp.float32)
+    else:
+      kernel = self.head[...].astype(hidden.dtype)
+      logits = jnp.einsum('...d,dv->...v', hidden, kernel, preferred_element_type=jnp.float32)
+    cap = self.config.logit_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    *,
+    cache: KVCache | None = None,
+    scratch: KVBlock | None = None,
+    offset: jax.Array | int = 0,
+    num_layers: int | None = None,
+    taps: Sequence[int] = (),
+  ) -> tuple[ModelOutput, KVBlock]:
+    """Returns (what the head multiplies and the taps, the block's keys and values).
+
+    Args:
+      tokens: i32[B, T].
+      positions: i32[B, T], for the rotary embedding and the windows.
+      mask: bool[B, T, T] within the block, or bool[B, T, N] over `scratch`.
+      cache: committed tokens that every query sees up to the cache's length; None: there are none.
+      scratch: an earlier block of N nodes; the T tokens are written into it at `offset`.
+      offset: i32[], where in `scratch`.
+      num_layers: run only the first layers and the final norm (early exit).
+      taps: which residual streams to return as `features['layer_i']`: the one entering layer i,
+        or, for i equal to the number of layers, the one leaving the last.
+    """
+    num_layers = self.config.num_layers if num_layers is None else num_layers
+    graph, stacked = nnx.split(self.layers)
+    run = functools.partial(
+      self._run_layer, graph, stacked, self._tables(), positions, mask, cache, scratch, offset
+    )
+
+    x = self.embed(tokens)
+    tapped = tuple(jnp.zeros_like(x) for _ in taps)
+
+    def step(carry, layer):
+      x, tapped = carry
+      tapped = tuple(jnp.where(layer == tap, x, old) for tap, old in zip(taps, tapped, strict=True))
+      x, own = run(x, layer)
+      return (x, tapped), own
+
+    (x, tapped), (keys, values) = lax.scan(step, (x, tapped), jnp.arange(num_layers))
+    features = {
+      f'layer_{tap}': x if tap == num_layers else old for tap, old in zip(taps, tapped, strict=True)
+    }
+    block = KVBlock(keys, values, positions)
+    if scratch is not None:
+      block = write_kv_block(scratch, block, offset)
+    return ModelOutput(self.final_norm(x), features), block
+
+  def _tables(self):
+    frequencies, factor = rope_frequencies(self.config)
+    windows = layer_windows(self.config)
+    windows = None if windows is None else jnp.asarray(windows)
+    return jnp.asarray(frequencies), factor, windows
+
+  def _run_layer(self, graph, stacked, tables, positions, mask, cache, scratch, offset, x, layer):
+    frequencies, factor, windows = tables
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies[layer][None, None, None]
+
+    def attend(queries, keys, values):
+      key_positions = positions
+      if scratch is not None:
+        scratch_layer = KVBlock(
+          scratch.keys[layer][None], scratch.values[layer][None], scratch.positions
+        )
+        block = write_kv_block(scratch_layer, KVBlock(keys[None], values[None], positions), offset)
+        keys, values, key_positions = block.keys[0], block.values[0], block.positions
+      prefix = None if cache is None else Prefix(*cache, layer=layer)
+      scale = self.config.attention_scale or self.config.head_dim**-0.5
+      return block_attention(
+        queries,
+        keys,
+        values,
+        mask,
+        prefix,
+        scale=scale,
+        soft_cap=self.config.attention_soft_cap,
+        window=None if windows is None else windows[layer],
+        query_positions=positions,
+        key_positions=key_positions,
+      )
+
+    one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), stacked)
+    site = AttentionSite((jnp.cos(angles) * factor, jnp.sin(angles) * factor), attend)
+    return nnx.merge(graph, one)(x, site)
+
+
+def full_mask(config: TransformerConfig, batch_size: int, length: int) -> jax.Array:
+  """Returns bool[B, T, T], causal or all ones as the configuration says."""
+  ones = jnp.ones((length, length), bool)
+  mask = ones if config.bidirectional else jnp.tril(ones)
+  return jnp.broadcast_to(mask, (batch_size, length, length))
+
+
+def _zeros(param_dtype):
+  return lambda *shape: nnx.Param(jnp.zeros(shape, param_dtype))
+
+
+def _as_row(vector, like):
+  """Returns vector[n] with leading axes of size one, to combine with like[..., n]."""
+  return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def _rotate(x, rotation):
+  """Returns f[B, T, heads, Dh] turned by its position: half-split rotary embedding."""
+  cos, sin = (table.astype(x.dtype) for table in rotation)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,18 @@
+"""What every test runs under: strict numerics, and compiled programs kept between runs."""
+
+import os
+import pathlib
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Before jax starts, and in the environment, so that the subprocesses of a test inherit it.
+# Without NPROC, collectives among more virtual devices than cores can deadlock.
+os.environ['NPROC'] = '8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_ROOT / '.cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+import jax
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
