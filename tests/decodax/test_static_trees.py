@@ -53,7 +53,7 @@ def _closed_sets(paths, size):
 
 @st.composite
 def _random_paths(draw):
-  paths = [()]
+  paths: list[tuple[int, ...]] = [()]
   for _ in range(draw(st.integers(0, 20))):
     path = (*draw(st.sampled_from(paths)), draw(st.integers(0, 5)))
     if path not in paths:
@@ -529,7 +529,10 @@ def test_prune_keeps_ranks_and_breaks_ties_in_template_order():
   ('build', 'message'),
   [
     (lambda: static_trees.chain(-1), 'length must be an integer of at least 0, got -1'),
-    (lambda: static_trees.chain(2.5), 'got 2.5'),
+    (
+      lambda: static_trees.chain(2.5),  # pyright: ignore
+      'got 2.5',
+    ),
     (lambda: static_trees.chain(True), 'got True'),
     (lambda: static_trees.kary((2, 0)), r'branching\[1\]'),
     (lambda: static_trees.kary((10,) * 6), 'choose smaller factors'),

@@ -5,6 +5,7 @@ Laws have V = 5 tokens, so that every draft outcome can be summed; float64 unles
 
 import functools
 import itertools
+from typing import Any
 
 import hypothesis
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.special
 import scipy.stats
 
 from decodax import theory
@@ -372,8 +374,13 @@ def test_optimal_acceptance_without_replacement_equals_brute_force_over_all_sets
 def test_two_drafts_agree_in_closed_form_and_by_quadrature():
   p, q = (x[:12] for x in _laws(6, vocab_size=40))
   closed = _call(theory.optimal_acceptance_without_replacement, p, q, num_drafts=2)
-  after = theory._sorted_by_ratio(p, q)
-  integral = theory._least_bound(after[0], theory._some_draft_outside(after[1], 2, 256))
+
+  @jax.jit
+  def by_quadrature(p, q):
+    p, q = theory._sorted_by_ratio(p, q)
+    return theory._least_bound(p, theory._some_draft_outside(q, 2, 256))
+
+  integral = by_quadrature(p, q)
   np.testing.assert_allclose(closed, integral, atol=1e-13)
 
 
@@ -390,11 +397,10 @@ def test_optima_in_float32_at_a_large_vocabulary():
     theory.optimal_acceptance_with_replacement,
     theory.optimal_acceptance_without_replacement,
   ):
-    for num_drafts in (2, 4):
-      exact = _call(fn, p, q, num_drafts=num_drafts)
-      single = _call(fn, p.astype(np.float32), q.astype(np.float32), num_drafts=num_drafts)
-      assert single.dtype == np.float32
-      np.testing.assert_allclose(single, exact, atol=2e-5)
+    exact = _call(fn, p, q, num_drafts=3)
+    single = _call(fn, p.astype(np.float32), q.astype(np.float32), num_drafts=3)
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, exact, atol=2e-5)
 
 
 # --- Several drafts: the rules -----------------------------------------------------------------
@@ -593,9 +599,8 @@ def test_gradient_in_the_draft_equals_finite_differences(fn):
 @pytest.mark.parametrize('fn', _GRADIENTS)
 def test_gradient_is_finite_for_awkward_laws(fn):
   p, q = (jnp.asarray(x) for x in _laws(18, rows=3))
-  for argument in (0, 1):
-    gradient = jax.jit(jax.grad(lambda p, q: fn(p, q, 2).sum(), argument))(p, q)
-    assert jnp.isfinite(gradient).all()
+  gradients = jax.jit(jax.grad(lambda p, q: fn(p, q, 2).sum(), (0, 1)))(p, q)
+  assert np.isfinite(gradients).all()
 
 
 # --- Chains of rounds, fits, estimates ---------------------------------------------------------
@@ -623,7 +628,7 @@ def test_fit_loglinear_equals_a_reference_regression():
   y = 0.4 * np.log10(x) + 1.5 + 0.1 * rng.normal(size=x.shape)
   fit = _call(theory.fit_loglinear, x, y, confidence=0.9)
   for i in range(3):
-    expected = scipy.stats.linregress(np.log10(x[i]), y[i])
+    expected: Any = scipy.stats.linregress(np.log10(x[i]), y[i])
     quantile = scipy.stats.t.ppf(0.95, 7)
     np.testing.assert_allclose(fit.slope[i], expected.slope, rtol=1e-12)
     np.testing.assert_allclose(fit.intercept[i], expected.intercept, rtol=1e-12)
@@ -636,14 +641,14 @@ def test_fit_loglinear_equals_a_reference_regression():
       np.testing.assert_allclose(interval, [centre - radius, centre + radius], rtol=1e-8)
 
 
-@pytest.mark.parametrize('freedom', [1, 2, 5, 40])
-def test_student_quantile(freedom):
-  for confidence in (0.5, 0.95, 0.999):
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(np.float64, 1e-8), (np.float32, 1e-2)])
+def test_student_quantile(dtype, tolerance):
+  cases = list(itertools.product((0.5, 0.95, 0.999), (1, 2, 5, 40)))
+  values = jax.jit(lambda: [theory._student_quantile(c, f, dtype) for c, f in cases])()
+  for value, (confidence, freedom) in zip(values, cases, strict=True):
+    assert value.dtype == dtype
     expected = scipy.stats.t.ppf((1 + confidence) / 2, freedom)
-    value = theory._student_quantile(confidence, freedom, np.float64)
-    np.testing.assert_allclose(value, expected, rtol=1e-8)
-    single = theory._student_quantile(confidence, freedom, np.float32)
-    np.testing.assert_allclose(single, expected, rtol=1e-2)
+    np.testing.assert_allclose(value, expected, rtol=tolerance)
 
 
 def test_fit_loglinear_intervals_cover_as_often_as_they_say():
@@ -750,9 +755,16 @@ def test_wrong_input_is_refused(fn, args, kwargs, message):
 
 def test_dtype_of_the_input_is_kept_and_halves_are_widened():
   for dtype, expected in (('bfloat16', 'float32'), ('float32', 'float32'), ('float64', 'float64')):
-    p = jnp.full(4, 0.25, dtype)
-    for fn in (theory.overlap, theory.coupled_acceptance):
-      assert fn(p, p).dtype == expected
-    assert theory.kseq_acceptance(p, p, 2).dtype == expected
-    assert theory.lenient_output(p, p, 0.5).law.dtype == expected
-    assert theory.expected_tokens(p, 3).dtype == expected
+    p = jax.ShapeDtypeStruct((3, V), dtype)
+    for fn in (
+      theory.overlap,
+      theory.total_variation,
+      theory.coupled_acceptance,
+      *(functools.partial(fn, num_drafts=3) for fn in _GRADIENTS),
+      functools.partial(theory.lenient_output, leniency=0.5),
+      functools.partial(theory.walltime_speedup, draft_length=3),
+      theory.fit_loglinear,
+      theory.information_surplus,
+    ):
+      for array in jax.tree.leaves(jax.eval_shape(fn, p, p)):
+        assert array.dtype == expected
