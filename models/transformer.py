@@ -8,7 +8,9 @@ depth. Projections that read the same input are stored as one matrix, `[in, out]
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 from flax import nnx
@@ -42,7 +44,7 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns x[..., size] normalised over its last axis, in x's dtype."""
     wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+    wide = wide * lax.rsqrt(_mean_square(wide) + self.eps)
     scale = self.scale[...].astype(jnp.float32)
     return (wide * _as_row(scale + 1 if self.plus_one else scale, x)).astype(x.dtype)
 
@@ -272,6 +274,22 @@ class Transformer(nnx.Module):
     return nnx.merge(graph, one)(x, site)
 
 
+def with_own_head(transformer: Transformer) -> Transformer:
+  """Returns the transformer with a head of its own, a transposed copy of a tied embedding.
+
+  It costs the memory of one embedding. On CPU a block of several tokens is unembedded faster from
+  `[in, out]`.
+  """
+  config = transformer.config
+  if not config.tie_embeddings:
+    return transformer
+  graph, state = nnx.split(transformer)
+  own = nnx.merge(graph, state)
+  own.config = dataclasses.replace(config, tie_embeddings=False)
+  own.head = nnx.data(nnx.Param(transformer.embedding[...].T))
+  return own
+
+
 def full_mask(config: TransformerConfig, batch_size: int, length: int) -> jax.Array:
   """Returns bool[B, T, T], causal or all ones as the configuration says."""
   ones = jnp.ones((length, length), bool)
@@ -286,6 +304,25 @@ def _zeros(param_dtype):
 def _as_row(vector, like):
   """Returns vector[n] with leading axes of size one, to combine with like[..., n]."""
   return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def _mean_square(x):
+  """Returns f32[..., 1], the mean over the last axis of x squared.
+
+  On CPU in two steps that XLA must not merge: it would turn one long sum into a slow window
+  reduction, which costs a tenth of a decoding step.
+  """
+  size = x.shape[-1]
+
+  def in_two_steps(x):
+    width = math.gcd(size, 32)
+    parts = jnp.square(x).reshape(*x.shape[:-1], size // width, width).sum(-1)
+    return lax.optimization_barrier(parts).sum(-1, keepdims=True) / size
+
+  def at_once(x):
+    return jnp.mean(jnp.square(x), -1, keepdims=True)
+
+  return lax.platform_dependent(x, cpu=in_two_steps, default=at_once)
 
 
 def _rotate(x, rotation):

@@ -121,10 +121,10 @@ def test_golden_logits_depend_on_every_option(name, change):
   # Parity shows nothing about an option that a tiny checkpoint does not feel.
   directory, tokens, expected = golden(name)
   transformer = load_hf(directory, dtype=jnp.float32).transformer
-  transformer.config = dataclasses.replace(transformer.config, **change)
-  for layer in (transformer.layers.attention, transformer.layers.mlp):
-    if hasattr(layer, 'config'):
-      layer.config = transformer.config
+  config = dataclasses.replace(transformer.config, **change)
+  for module in (transformer, transformer.layers.attention, transformer.layers.mlp):
+    if hasattr(module, 'config'):
+      setattr(module, 'config', config)  # noqa: B010
   assert np.abs(full_logits(transformer, tokens) - expected).max() > 100 * _TOLERANCE
 
 
@@ -201,8 +201,13 @@ def test_gemma3_with_vision_loads_its_text_model(tmp_path):
 
 
 def test_gemma3_text_defaults_of_an_abridged_config():
-  text = {'hidden_size': 2560, 'num_hidden_layers': 34, 'intermediate_size': 10240,
-          'sliding_window': 1024, 'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'}}
+  text = {
+    'hidden_size': 2560,
+    'num_hidden_layers': 34,
+    'intermediate_size': 10240,
+    'sliding_window': 1024,
+    'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+  }
   found = config_from_hf({'model_type': 'gemma3', 'text_config': text})
   assert (found.num_heads, found.num_kv_heads, found.head_dim) == (8, 4, 256)
   assert (found.rope_theta, found.rope_local_theta) == (1e6, 1e4)
