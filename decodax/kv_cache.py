@@ -4,6 +4,7 @@ Axes: `L` layers, `B` batch, `Hkv` key/value heads, `S` slots, `N` nodes of a bl
 path, `Dh` head size. Slot order carries no meaning; `positions` says where a slot's token stands.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,17 +68,14 @@ def commit_kv(cache: KVCache, block: KVBlock, path: jax.Array, count: jax.Array)
   """
   index = path[None, :, None, :, None]
 
-  def append(slots, nodes):
-    kept = jnp.take_along_axis(nodes, index, axis=3, mode='clip')
-    return jax.vmap(_append_row, in_axes=(1, 1, 0), out_axes=1)(slots, kept, cache.length)
+  def kept(nodes):
+    return jnp.take_along_axis(nodes, index, axis=3, mode='clip')
 
   positions = jnp.take_along_axis(block.positions, path, axis=1, mode='clip')
   return KVCache(
-    keys=append(cache.keys, block.keys),
-    values=append(cache.values, block.values),
-    positions=jax.vmap(lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
-      cache.positions, positions, cache.length, 0
-    ),
+    keys=_append(cache.keys, kept(block.keys), cache.length, batch_axis=1, slot_axis=3),
+    values=_append(cache.values, kept(block.values), cache.length, batch_axis=1, slot_axis=3),
+    positions=_append(cache.positions, positions, cache.length, batch_axis=0, slot_axis=1),
     length=cache.length + count,
   )
 
@@ -91,5 +89,24 @@ def write_kv_block(scratch: KVBlock, block: KVBlock, offset: jax.Array | int) ->
   )
 
 
-def _append_row(slots, nodes, length):  # f[L, Hkv, S, Dh], f[L, Hkv, K, Dh], i32[]
-  return lax.dynamic_update_slice_in_dim(slots, nodes, length, 2)
+def _append(slots, nodes, length, *, batch_axis, slot_axis):
+  """Returns `slots` with each row's `nodes` written at its length i32[B].
+
+  On CPU row by row: there a batched write becomes a scatter that rewrites the whole cache.
+  """
+
+  def write(row, slots, nodes, length):
+    start = [0] * slots.ndim
+    start[batch_axis], start[slot_axis] = row, length[row]
+    own = lax.dynamic_slice_in_dim(nodes, row, 1, batch_axis)
+    return lax.dynamic_update_slice(slots, own, start)
+
+  def row_by_row(slots, nodes, length):
+    return lax.fori_loop(0, len(length), lambda b, s: write(b, s, nodes, length), slots)
+
+  def at_once(slots, nodes, length):
+    update = functools.partial(lax.dynamic_update_slice_in_dim, axis=slot_axis - 1)
+    axes = (batch_axis, batch_axis, 0)
+    return jax.vmap(update, in_axes=axes, out_axes=batch_axis)(slots, nodes, length)
+
+  return lax.platform_dependent(slots, nodes, length, cpu=row_by_row, default=at_once)

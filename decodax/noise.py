@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from decodax import sampling
+
 
 class Tag(enum.IntEnum):
   """What a random number is for. Numbers with different tags are independent."""
@@ -57,12 +59,12 @@ class RoundKeys(NamedTuple):
   def pick(self, law: jax.Array, depth, index=0) -> jax.Array:
     """Returns i32[B], tokens drawn from law float[B, V], which need not be normalised."""
     gumbel = _gumbel(self._fresh(Tag.RESIDUAL, depth, index), law.shape[-1])
-    return jnp.argmax(jnp.log(law) + gumbel, axis=-1).astype(jnp.int32)
+    return sampling.argmax(jnp.log(law) + gumbel)
 
   def pick_coupled(self, logits: jax.Array, depth) -> jax.Array:
     """Returns i32[B], the tokens at `depth` that plain sampling draws from logits float[B, V]."""
     gumbel = self.coupled_gumbel(logits.shape[-1], depth)
-    return jnp.argmax(logits + gumbel, axis=-1).astype(jnp.int32)
+    return sampling.argmax(logits + gumbel)
 
   def _fresh(self, tag, depth, index):
     # Round counters are folded in as negative numbers, positions as non-negative ones.

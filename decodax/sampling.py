@@ -34,7 +34,7 @@ def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
     warped = _when_any(sampling.top_p < 1, _keep_top_p, warped, sampling.top_p)
   if sampling.min_p is not None:
     warped = _when_any(sampling.min_p > 0, _keep_min_p, warped, sampling.min_p)
-  first_best = jnp.argmax(logits, -1, keepdims=True)
+  first_best = argmax(logits)[..., None]
   index = lax.broadcasted_iota(first_best.dtype, logits.shape, logits.ndim - 1)
   one_hot = jnp.where(index == first_best, 0, -jnp.inf).astype(logits.dtype)
   return jnp.where(greedy, one_hot, warped)
@@ -60,6 +60,24 @@ def mark_seen(seen: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array
   """Returns bool[B, V] with the valid ones of tokens i32[B, K] added."""
   rows = jnp.arange(seen.shape[0])[:, None]
   return seen.at[rows, jnp.where(valid, tokens, seen.shape[1])].set(True, mode='drop')
+
+
+def argmax(scores: jax.Array) -> jax.Array:
+  """Returns i32[...], the first index of the largest of scores float[..., V].
+
+  On CPU by two plain reductions, which vectorise where a reduction to an index does not. Scores
+  with a NaN give some index below V.
+  """
+
+  def by_value(scores):
+    index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    best = scores == scores.max(-1, keepdims=True)
+    return jnp.where(best, index, scores.shape[-1] - 1).min(-1)
+
+  def by_index(scores):
+    return lax.argmax(scores, scores.ndim - 1, jnp.int32)
+
+  return lax.platform_dependent(scores, cpu=by_value, default=by_index)
 
 
 def any_sampled(sampling: Sampling, live: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@ Axes: `B` batch, `N` nodes, `V` vocabulary.
 """
 
 import jax
-import jax.numpy as jnp
 
+from decodax import sampling
 from decodax.noise import RoundKeys
 from decodax.trees import follow
 from decodax.types import Candidates
@@ -27,8 +27,7 @@ def verify_greedy(
   arXiv:2305.09781.
   """
   del keys
-  best = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
-  return follow(best, proposal, max_depth)
+  return follow(sampling.argmax(target_logits), proposal, max_depth)
 
 
 greedy = Verifier(
