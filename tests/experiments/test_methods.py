@@ -1,0 +1,51 @@
+"""The list of methods: what it promises without weights is true with them."""
+
+import pytest
+
+import decodax
+from experiments.methods import METHODS
+from experiments.methods import Setup
+from experiments.methods import default_methods
+from models.registry import load_model
+
+
+@pytest.fixture(scope='module')
+def setup(tiny_model, tiny_draft):
+  return Setup(load_model(tiny_model), load_model(tiny_draft))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_method_is_what_its_entry_says(setup, name):
+  method = METHODS[name]
+  decoder = method.build(setup)
+  assert decoder.drafter.shape.candidates == method.candidates
+  decodax.make_step_fn(model=decoder.model, drafter=decoder.drafter, verifier=method.verifier)
+
+
+@pytest.mark.parametrize('name', ['ngram', 'early-exit', 'draft-model'])
+def test_the_number_of_drafts_can_be_chosen(setup, name):
+  decoder = METHODS[name].build(setup._replace(num_drafts=7))
+  assert decoder.drafter.shape.max_depth == 7
+
+
+def test_default_methods():
+  assert default_methods(0.0) == ['plain', 'ngram', 'early-exit']
+  assert 'early-exit/speculative' in default_methods(1.0)
+  assert not any(METHODS[name].needs_draft for name in default_methods(1.0))
+  assert 'draft-model' in default_methods(0.0, has_draft=True)
+
+
+def test_exactness_depends_on_the_temperature():
+  method = METHODS['early-exit/speculative']
+  assert method.exactness(0.0) == 'token-identical'
+  assert method.exactness(0.7) == 'law-identical'
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(setup):
+  config = setup.draft.transformer.config
+  other = type('Draft', (), {'config': type('Config', (), {'vocab_size': config.vocab_size + 1})})
+  draft = setup.draft._replace(transformer=other)
+  with pytest.raises(ValueError, match='must share one'):
+    METHODS['draft-model'].build(setup._replace(draft=draft))
+  with pytest.raises(ValueError, match='give --draft'):
+    METHODS['draft-model'].build(setup._replace(draft=None))
