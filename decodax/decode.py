@@ -17,7 +17,9 @@ from decodax.noise import RoundKeys
 from decodax.types import DecodeResult
 from decodax.types import DecodeState
 from decodax.types import Drafter
+from decodax.types import Evidence
 from decodax.types import Model
+from decodax.types import ModelOutput
 from decodax.types import Observation
 from decodax.types import Params
 from decodax.types import Proposal
@@ -48,13 +50,13 @@ def decode(
   `jax.jit(functools.partial(decode, model=..., drafter=..., verifier=...))`.
 
   Raises:
-    ValueError: if drafter and verifier do not go together.
+    ValueError: if model, drafter and verifier do not go together, or prefill_chunk < 1.
   """
+  step_fn = make_step_fn(model=model, drafter=drafter, verifier=verifier)
   state = init_state(params, request, model=model, drafter=drafter, prefill_chunk=prefill_chunk)
   state = prefill(
     params, state, model=model, drafter=drafter, prefill_chunk=prefill_chunk, loop_fn=loop_fn
   )
-  step_fn = make_step_fn(model=model, drafter=drafter, verifier=verifier)
   return finish(generate(params, state, step_fn=step_fn, loop_fn=loop_fn))
 
 
@@ -89,7 +91,8 @@ def init_state(
     sampling=request.sampling,
     max_new_tokens=request.max_new_tokens,
     eos_ids=request.eos_ids,
-    result=jnp.full((batch_size,), Result.RUNNING, jnp.int32),
+    # An int: filled with an enum the array would be weakly typed, and a step would compile twice.
+    result=jnp.full((batch_size,), int(Result.RUNNING), jnp.int32),
     stats=Stats(zeros, zeros, zeros, zeros, by_depth, by_depth, by_depth),
   )
 
@@ -106,8 +109,14 @@ def prefill(
   """Returns the state with all prompt tokens but the last committed.
 
   The prompt is read in chunks of `prefill_chunk` tokens, as many as the longest row needs; any
-  chunk size gives the same result. The last prompt token is the first round's root.
+  chunk size, up to the one given to `init_state`, gives the same result. The last prompt token is
+  the first round's root.
+
+  Raises:
+    ValueError: if prefill_chunk < 1.
   """
+  if prefill_chunk < 1:
+    raise ValueError(f'prefill_chunk must be at least 1: {prefill_chunk=}')
   batch_size, num_slots = state.tokens.shape
   chunk = min(prefill_chunk, num_slots)
   wanted = state.prompt_length - 1
@@ -170,17 +179,22 @@ def make_step_fn(
   *, model: Model, drafter: Drafter, verifier: Verifier
 ) -> Callable[[Params, DecodeState], tuple[DecodeState, RoundInfo]]:
   """Returns `speculative_step` with its static arguments bound, once they have been checked."""
-  check_compatible(drafter, verifier)
+  check_compatible(drafter, verifier, model)
   return functools.partial(speculative_step, model=model, drafter=drafter, verifier=verifier)
 
 
-def check_compatible(drafter: Drafter, verifier: Verifier) -> None:
-  """Checks that the verifier is exact for the drafter's proposals.
+def check_compatible(drafter: Drafter, verifier: Verifier, model: Model | None = None) -> None:
+  """Checks that the verifier is exact for the drafter's proposals, and drafter for the model.
 
   Raises:
-    ValueError: if it is not, naming both.
+    ValueError: if the verifier is not, or if drafter and model differ in their vocabulary.
   """
   shape = drafter.shape
+  if model is not None and shape.vocab_size not in (None, model.vocab_size):
+    raise ValueError(
+      f'the drafter has a vocabulary of {shape.vocab_size} tokens, the target one of '
+      f'{model.vocab_size}; draft and target must share one'
+    )
   if shape.candidates not in verifier.supports:
     allowed = ', '.join(sorted(kind.value for kind in verifier.supports))
     raise ValueError(
@@ -202,9 +216,7 @@ def speculative_step(
   Rows that are done keep everything: they emit nothing and commit nothing.
   """
   live = state.result == Result.RUNNING
-  proposal, drafter_state = drafter.propose(
-    params, state, noise_fn=verifier.draft_noise, with_laws=verifier.needs_laws
-  )
+  proposal, drafter_state = _propose(params, state, drafter, verifier)
   proposal = proposal._replace(valid=proposal.valid & (live[:, None] | _is_root(proposal)))
   scored = _score(params, state, proposal, live, model, drafter, verifier)
   verdict, finite, output, block, logits = scored
@@ -245,6 +257,32 @@ def root_tokens(state: DecodeState) -> jax.Array:
   return jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
 
 
+def _propose(params, state, drafter, verifier):
+  """Returns the proposal and the drafter's state.
+
+  If the verifier weighs evidence, rows at temperature 0 still draft the argmax, but as a draw at
+  temperature 1 without noise, so that the proposal holds the whole law.
+  """
+  noise_fn = verifier.draft_noise
+  if verifier.needs_laws and verifier.needs_evidence:
+    greedy = state.sampling.temperature == 0
+    state = state._replace(sampling=_unwarp(state.sampling, greedy))
+
+    def noise_fn(*args, **kwargs):
+      return jnp.where(greedy[:, None], 0, verifier.draft_noise(*args, **kwargs))
+
+  return drafter.propose(params, state, noise_fn=noise_fn, with_laws=verifier.needs_laws)
+
+
+def _unwarp(sampling, rows):
+  """Returns sampling values that leave the logits of rows bool[B] as they are."""
+  off = {'temperature': 1, 'top_k': 0, 'top_p': 1, 'min_p': 0}
+  values = {name: getattr(sampling, name) for name in off}
+  return sampling._replace(
+    **{k: jnp.where(rows, off[k], v) for k, v in values.items() if v is not None}
+  )
+
+
 def _is_root(proposal):
   return (jnp.arange(proposal.tokens.shape[1]) == 0)[None]
 
@@ -274,17 +312,38 @@ def _score_at_width(params, state, proposal, live, model, drafter, verifier, wid
   mask, depths = trees.topology(
     narrow, shape._replace(num_nodes=width, max_depth=max_depth) if shape.is_chain else shape
   )
+  extra = None if verifier.extra_nodes is None else verifier.extra_nodes(narrow)
+  layout = (narrow.tokens, depths, mask)
+  tokens, depths, visible = layout if extra is None else _append_nodes(*layout, extra)
   positions = state.length[:, None] - 1 + depths
-  output, block = model.extend(params.target, state.cache, narrow.tokens, positions, mask)
-  logits = model.unembed(params.target, output.hidden)
-  _check_logits(logits, narrow, model)
-  if state.seen is not None:
-    logits = _penalize_nodes(logits, narrow, mask, state)
-  verdict = _verify(state, narrow, logits, live, verifier, max_depth)
+  output, block = model.extend(params.target, state.cache, tokens, positions, visible)
+  own: ModelOutput = jax.tree.map(lambda a: a[:, :width], output)
+
+  def unembed(hidden):
+    logits = model.unembed(params.target, hidden)
+    _check_logits(logits, narrow, model)
+    return logits if state.seen is None else _penalize_nodes(logits, narrow, mask, state)
+
+  logits, opinions = unembed(own.hidden), None
+  if extra is not None:
+    judges = jnp.take_along_axis(output.hidden, width + extra.opinions[:, :, None], axis=1)
+    opinions = unembed(judges)
+  evidence = Evidence(params, state.sampling, own, logits, opinions)
+  verdict = _verify(state, narrow, evidence, live, verifier, max_depth)
   path = jnp.pad(verdict.path, ((0, 0), (0, shape.max_depth - max_depth)))
   verdict = verdict._replace(path=path)
   finite = _path_is_finite(logits, verdict)
-  return verdict, finite, output, block, logits if shape.needs_logits else None
+  return verdict, finite, own, block, logits if shape.needs_logits else None
+
+
+def _append_nodes(tokens, depths, mask, extra):
+  """Returns (tokens i32[B, N + M], depths i32[B, N + M], mask bool[B, N + M, N + M])."""
+  mask = jnp.pad(mask, ((0, 0), (0, 0), (0, extra.tokens.shape[1])))  # no draft sees them
+  return (
+    jnp.concatenate([tokens, extra.tokens], axis=1),
+    jnp.concatenate([depths, extra.depths], axis=1),
+    jnp.concatenate([mask, extra.mask], axis=1),
+  )
 
 
 def _check_logits(logits, proposal, model):
@@ -298,13 +357,15 @@ def _check_logits(logits, proposal, model):
     )
 
 
-def _verify(state, proposal, logits, live, verifier, max_depth):
+def _verify(state, proposal, evidence, live, verifier, max_depth):
   """Returns the verdict; a batch without sampled rows takes the greedy short cut."""
   keys = round_keys(state)
+  logits = evidence.logits
+  options = {'evidence': evidence} if verifier.needs_evidence else {}
 
   def general():
     warped = sampling_lib.warp(logits, state.sampling)
-    return verifier.verify(keys, proposal, warped, max_depth=max_depth)
+    return verifier.verify(keys, proposal, warped, max_depth=max_depth, **options)
 
   if not verifier.lossless:
     return general()

@@ -81,10 +81,11 @@ def make_request(
   rows = np.arange(batch_size) if row_ids is None else np.asarray(row_ids)
   if rows.shape != (batch_size,):
     raise ValueError(f'row_ids needs one id per row: {rows.shape=}, {batch_size=}')
+  rows = _per_row('row_ids', rows, batch_size, np.int32)
   return Request(
     tokens=jnp.asarray(buffer),
     prompt_length=jnp.asarray(lengths, jnp.int32),
-    rng_keys=noise.row_keys(seed, jnp.asarray(rows, jnp.int32)),
+    rng_keys=noise.row_keys(seed, jnp.asarray(rows)),
     sampling=_make_sampling(batch_size, temperature, top_k, top_p, min_p, repetition_penalty),
     max_new_tokens=jnp.asarray(budget),
     eos_ids=jnp.asarray(_pad_eos_ids(eos_ids, batch_size, vocab_size)),
@@ -93,7 +94,8 @@ def make_request(
 
 def _make_sampling(batch_size, temperature, top_k, top_p, min_p, repetition_penalty) -> Sampling:
   checks = {
-    'temperature': (temperature, np.float32, lambda v: v >= 0, 'must be at least 0'),
+    'temperature': (temperature, np.float32, lambda v: (v == 0) | (v >= 1e-6),
+                    'must be 0, which is greedy, or at least 1e-6'),
     'top_k': (top_k, np.int32, lambda v: v >= 0, 'must be at least 0; 0 is off'),
     'top_p': (top_p, np.float32, lambda v: (v > 0) & (v <= 1), 'must be in (0, 1]; 1 is off'),
     'min_p': (min_p, np.float32, lambda v: (v >= 0) & (v <= 1), 'must be in [0, 1]; 0 is off'),
@@ -102,11 +104,12 @@ def _make_sampling(batch_size, temperature, top_k, top_p, min_p, repetition_pena
   }  # fmt: skip
   values = {}
   for name, (value, dtype, allowed, rule) in checks.items():
-    if value is None:
+    if value is None and name != 'temperature':
       values[name] = None
       continue
     rows = _per_row(name, value, batch_size, dtype)
-    _require(np.isfinite(rows) & allowed(rows), name, rows, rule)
+    given = np.broadcast_to(np.asarray(value), rows.shape)
+    _require(np.isfinite(rows) & allowed(rows), name, given, rule)
     values[name] = jnp.asarray(rows)
   return Sampling(**values)
 
@@ -122,7 +125,10 @@ def _pad_prompts(prompts, prompt_lengths):
     lengths = np.full(tokens.shape[0], tokens.shape[1])
     if prompt_lengths is not None:
       lengths = np.asarray(prompt_lengths)
-      if lengths.shape != tokens.shape[:1] or lengths.max(initial=0) > tokens.shape[1]:
+      integer = np.issubdtype(lengths.dtype, np.integer)
+      if (
+        lengths.shape != tokens.shape[:1] or not integer or lengths.max(initial=0) > tokens.shape[1]
+      ):
         raise ValueError(
           f'prompt_lengths must be one length per row, at most {tokens.shape[1]}: {prompt_lengths=}'
         )
@@ -144,19 +150,23 @@ def _pad_prompts(prompts, prompt_lengths):
     raise ValueError('prompts is empty; pass at least one prompt')
   if lengths.min() < 1:
     raise ValueError(
-      f'prompt {int(lengths.argmin())} is empty; it needs at least one token, such '
-      f'as the beginning-of-sequence id'
+      f'prompt {int(lengths.argmin())} is empty (length {lengths.min()}); it needs at least one '
+      f'token, such as the beginning-of-sequence id'
     )
   return tokens, lengths
 
 
 def _pad_eos_ids(eos_ids, batch_size, vocab_size):
   """Returns i32[B, E], padded with -1."""
-  per_row = len(eos_ids) > 0 and not np.isscalar(eos_ids[0]) and np.ndim(eos_ids[0]) > 0
-  rows = [list(row) for row in eos_ids] if per_row else [list(eos_ids)] * batch_size
+  given = [np.asarray(item) for item in eos_ids] if np.iterable(eos_ids) else [np.asarray(None)]
+  integer = all(item.size == 0 or np.issubdtype(item.dtype, np.integer) for item in given)
+  ranks = {item.ndim for item in given}
+  if not integer or ranks not in (set(), {0}, {1}):
+    raise ValueError(f'eos_ids must be a sequence of token ids, or one per row: {eos_ids!r}')
+  rows = given if ranks == {1} else [np.asarray(given, np.int64)] * batch_size
   if len(rows) != batch_size:
     raise ValueError(f'eos_ids needs one sequence per row: {len(rows)=}, {batch_size=}')
-  _check_vocabulary('eos_ids', np.asarray([i for row in rows for i in row], np.int64), vocab_size)
+  _check_vocabulary('eos_ids', np.concatenate(rows).astype(np.int64), vocab_size)
   padded = np.full((batch_size, max(map(len, rows))), -1, np.int32)
   for index, row in enumerate(rows):
     padded[index, : len(row)] = row
@@ -165,10 +175,15 @@ def _pad_eos_ids(eos_ids, batch_size, vocab_size):
 
 def _per_row(name, value, batch_size, dtype):
   given = np.asarray(value)
-  if np.issubdtype(dtype, np.integer) and not np.issubdtype(given.dtype, np.integer):
-    raise ValueError(f'{name} must be an integer, or one per row: {value!r}')
+  whole = np.issubdtype(dtype, np.integer)
+  if given.dtype.kind not in ('iu' if whole else 'iuf'):
+    kind = 'an integer' if whole else 'a number'
+    raise ValueError(f'{name} must be {kind}, or one per row: {value!r}')
   if given.shape not in ((), (batch_size,)):
     raise ValueError(f'{name} must be one value or {batch_size}, one per row: {given.shape=}')
+  limit = np.iinfo(dtype).max if whole else np.finfo(dtype).max
+  if np.any(np.isfinite(given) & (np.abs(given) > limit)):
+    raise ValueError(f'{name} must be within {limit}: {value!r}')
   return np.broadcast_to(given.astype(dtype), (batch_size,))
 
 

@@ -8,10 +8,13 @@ from collections.abc import Callable
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from decodax.types import DraftShape
 from decodax.types import Proposal
 from decodax.types import Verdict
+
+_WORD = 32  # bits of a packed word
 
 
 def chain_parents(batch_size: int, num_nodes: int) -> jax.Array:
@@ -61,6 +64,78 @@ def ancestor_mask(parents: jax.Array) -> jax.Array:
   return reach > 0
 
 
+def pack_ancestors(mask: jax.Array) -> jax.Array:
+  """Returns i32[B, N, ceil(N / 32)], an ancestor mask bool[B, N, N] as bits.
+
+  Bit j % 32 of word j // 32 of node i tells whether node j is i itself or an ancestor of it: an
+  eighth of the memory of booleans, which is what a kernel wants to read.
+  """
+  num_nodes = mask.shape[-1]
+  num_words = -(-num_nodes // _WORD)
+  mask = jnp.pad(mask, ((0, 0), (0, 0), (0, num_words * _WORD - num_nodes)))
+  bits = mask.reshape(*mask.shape[:2], num_words, _WORD).astype(jnp.uint32)
+  shifts = jnp.arange(_WORD, dtype=jnp.uint32)[None, None, None]
+  return lax.bitcast_convert_type((bits << shifts).sum(-1, dtype=jnp.uint32), jnp.int32)
+
+
+def unpack_ancestors(words: jax.Array, num_nodes: int) -> jax.Array:
+  """Returns bool[B, N, N], the ancestor mask that `pack_ancestors` made i32[B, N, W] of."""
+  words = lax.bitcast_convert_type(words, jnp.uint32)[..., None]
+  shifts = jnp.arange(_WORD, dtype=jnp.uint32)[None, None, None]
+  bits = (words >> shifts) & 1
+  return bits.reshape(*words.shape[:2], -1)[..., :num_nodes] > 0
+
+
+def path_table(parents: jax.Array, max_depth: int) -> jax.Array:
+  """Returns i32[B, N, D + 1], for each node of parents i32[B, N] the nodes from the root to it.
+
+  Entries past the node itself are -1. The rows of leaves are the tree's paths.
+  """
+  mask = ancestor_mask(parents)
+  depths = mask.sum(-1, dtype=jnp.int32) - 1
+  at_depth = depths[:, None, :, None] == jnp.arange(max_depth + 1)[None, None, None]
+  nodes = jnp.arange(parents.shape[1], dtype=jnp.int32)[None, None, :, None]
+  return jnp.max(jnp.where(mask[..., None] & at_depth, nodes, -1), axis=2)
+
+
+def tree_positions(length: jax.Array, depths: jax.Array) -> jax.Array:
+  """Returns i32[B, N], the position of each node: siblings share one.
+
+  Args:
+    length: i32[B], tokens of the row, the root included.
+    depths: i32[B, N], 0 at the root.
+  """
+  return length[:, None] - 1 + depths
+
+
+def compact_nodes(
+  keep: jax.Array, parents: jax.Array, num_nodes: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns (node at each place i32[B, N], its parent's place i32[B, N], valid bool[B, N]).
+
+  Kept nodes keep their order, so topological order and the order of siblings stay.
+
+  Args:
+    keep: bool[B, C], closed under parents; node 0, the root, is kept. Those beyond the first N kept
+      are dropped.
+    parents: i32[B, C], -1 at the root, parents[:, i] < i elsewhere.
+    num_nodes: N.
+  """
+  batch_size, num_candidates = keep.shape
+  rows = jnp.arange(batch_size)[:, None]
+  place = jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
+  index = jnp.zeros((batch_size, num_nodes), jnp.int32)
+  index = index.at[rows, jnp.where(keep, place, num_nodes)].set(
+    jnp.arange(num_candidates, dtype=jnp.int32)[None], mode='drop'
+  )
+  above = jnp.take_along_axis(parents, index, axis=1)
+  new_parents = jnp.take_along_axis(place, jnp.maximum(above, 0), axis=1)
+  valid = jnp.arange(num_nodes)[None] < keep.sum(-1, keepdims=True)
+  first = jnp.arange(num_nodes)[None] == 0
+  new_parents = jnp.where(first, -1, jnp.where(valid, new_parents, 0))
+  return jnp.where(valid, index, 0), new_parents, valid
+
+
 def topology(proposal: Proposal, shape: DraftShape) -> tuple[jax.Array, jax.Array]:
   """Returns (bool[B, N, N] ancestor mask, i32[B, N] depth of each node, 0 at the root)."""
   batch_size, num_nodes = proposal.tokens.shape
@@ -71,8 +146,20 @@ def topology(proposal: Proposal, shape: DraftShape) -> tuple[jax.Array, jax.Arra
       jnp.broadcast_to(mask, (batch_size, num_nodes, num_nodes)),
       jnp.broadcast_to(depths, (batch_size, num_nodes)),
     )
-  mask = ancestor_mask(proposal.parents)
+  if shape.parents is not None:
+    mask = jnp.asarray(_constant_ancestors(shape.parents[:num_nodes]))
+    mask = jnp.broadcast_to(mask, (batch_size, num_nodes, num_nodes))
+  else:
+    mask = ancestor_mask(proposal.parents)
   return mask, mask.sum(-1, dtype=jnp.int32) - 1
+
+
+def _constant_ancestors(parents):
+  """Returns bool[N, N] for parents i32[N] that are known at compile time."""
+  mask = np.eye(len(parents), dtype=bool)
+  for node in range(1, len(parents)):
+    mask[node] |= mask[parents[node]]
+  return mask
 
 
 def children_of(proposal: Proposal, node: jax.Array) -> jax.Array:

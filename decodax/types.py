@@ -55,10 +55,12 @@ class Model(NamedTuple):
 
 
 class Params(NamedTuple):
-  """Parameters of the target and of whatever the drafter brings along."""
+  """Parameters of the target, and of whatever drafter, verifier and controller bring along."""
 
   target: PyTree
   drafter: PyTree = ()
+  verifier: PyTree = ()
+  controller: PyTree = ()  # of the drafter's length control
 
 
 # --- Sampling and requests ---------------------------------------------------------------------
@@ -105,13 +107,43 @@ class Verdict(NamedTuple):
   next_token: jax.Array  # i32[B] the token after the path
 
 
+class ExtraNodes(NamedTuple):
+  """M nodes that a verifier has the target read beside a proposal. They are never committed.
+
+  What they are for: a second opinion on every node of the proposal, from the same forward pass.
+  """
+
+  tokens: jax.Array  # i32[B, M]
+  depths: jax.Array  # i32[B, M] how far each one's position is from the root's
+  mask: jax.Array  # bool[B, M, N + M] which of the proposal's nodes, then of these, each one sees
+  opinions: jax.Array  # i32[B, N] for each node of the proposal, the extra node that judges it
+
+
+class Evidence(NamedTuple):
+  """What a verifier may look at besides the warped laws, if it says `needs_evidence`."""
+
+  params: Params
+  sampling: Sampling
+  output: ModelOutput  # of every node of the proposal: [B, N, ...]
+  logits: jax.Array  # f32[B, N, V] penalised, not warped
+  opinions: jax.Array | None = None  # f32[B, N, V] the same at `ExtraNodes.opinions`
+
+
 class Candidates(enum.Enum):
   """How the children of a node are chosen: what a verifier must know to be exact."""
 
   NONE = 'none'  # root only
   DETERMINISTIC = 'deterministic'  # a function of the context (n-grams, top-k, argmax)
-  SAMPLED = 'sampled'  # drawn from the node's law: one child, or several i.i.d.
-  WITHOUT_REPLACEMENT = 'without_replacement'  # drawn from the node's law, siblings distinct
+  SAMPLED = 'sampled'  # one child a node, drawn from the node's law
+  IID = 'iid'  # drawn from the node's law, independently; how many is settled before the first
+  SEVERAL_DRAFTERS = 'several_drafters'  # as IID, but each from a law of its own: `laws[b, i]` is
+  # the law that node i itself was drawn from, and row 0 is not read
+  WITHOUT_REPLACEMENT = 'without_replacement'  # drawn from the node's law one after another, never
+  # the same token twice; node order is the order of the draws
+  COMPETING = 'competing'  # as WITHOUT_REPLACEMENT, but branches compete for nodes: whether a node
+  # exists depends on tokens in other branches (stochastic beams, node budgets)
+  TOP_AND_ONE = 'top_and_one'  # the most probable tokens, then one child drawn from the node's law,
+  # in which those tokens have the logit -inf
 
 
 class DraftShape(NamedTuple):
@@ -123,6 +155,7 @@ class DraftShape(NamedTuple):
   parents: np.ndarray | None = None  # i32[N] if the tree's topology never changes
   widths: tuple[int, ...] = ()  # block widths worth compiling; () means (num_nodes,)
   needs_logits: bool = False  # does `observe` read the target's logits?
+  vocab_size: int | None = None  # of the model that drafts, if one does; must be the target's
 
   @property
   def is_chain(self) -> bool:
@@ -163,13 +196,18 @@ class Verifier(NamedTuple):
   exactness: str  # 'token-identical', 'law-identical' or 'lossy: ...'
   verify: Callable[..., Verdict]
   """(keys: RoundKeys, proposal, target_logits f32[B, N, V], *, max_depth) -> Verdict. The logits
-  are warped; at temperature 0 all but the argmax are -inf."""
+  are warped; at temperature 0 all but the argmax are -inf. With `needs_evidence` it also gets
+  `evidence=`, and the draft laws of rows at temperature 0 are those of temperature 1: a rule that
+  compares laws learns nothing from two point masses."""
   draft_noise: Callable[..., jax.Array]
   """(keys: RoundKeys, vocab_size, depth, node=0) -> f32[B, V], the Gumbel noise with which a
   sampling drafter must draw the children, at `depth` below the root, of `node`."""
   supports: frozenset[Candidates]
   needs_laws: bool = False  # does it read Proposal.laws?
   chains_only: bool = False
+  needs_evidence: bool = False  # is `verify` called with an `Evidence`?
+  extra_nodes: Callable[..., ExtraNodes] | None = None
+  """(proposal) -> nodes to run through the same forward pass, for `Evidence.opinions`."""
 
   @property
   def lossless(self) -> bool:

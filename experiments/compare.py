@@ -36,6 +36,7 @@ from experiments.methods import PLAIN
 from experiments.methods import Setup
 
 SCHEMA = 1
+_NARROW = 100  # columns of a terminal too narrow for the wide table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -341,7 +342,7 @@ def _report(console, results, directory, outputs):
   """Writes the files and prints the tables; files first, since a terminal may be gone."""
   names = report.write_all(directory, results, outputs)
   console.print()
-  console.print(report.methods_table(results))
+  console.print(report.methods_table(results, narrow=console.width < _NARROW))
   if len(results['methods']) > 1:
     console.print('Speed-up and tokens/call by category', style='bold')
     console.print(report.categories_table(results))

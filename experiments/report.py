@@ -23,6 +23,8 @@ _COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7
 _INK, _FAINT = '#222222', '#BBBBBB'
 _GAIN, _LOSS, _ALARM = 'green', 'red', 'bold red'
 _UNSET = '-'
+_INTERVALS = 'In brackets: 95 % intervals over prompts. Numbers are defined in docs/experiments.md.'
+_NO_INTERVALS = 'No intervals: they take two prompts, or two batches of them.'
 
 Results = Mapping[str, Any]  # what results.json holds
 
@@ -30,18 +32,19 @@ Results = Mapping[str, Any]  # what results.json holds
 # --- Tables ------------------------------------------------------------------------------------
 
 
-def methods_table(results: Results) -> Table:
-  """Returns the table of methods."""
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column('method', style='bold', no_wrap=True)
-  table.add_column('exactness')
+def methods_table(results: Results, *, narrow: bool = False) -> Table:
+  """Returns the table of methods; a narrow one fits 80 columns."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=narrow)
+  table.add_column('method', style='bold', overflow='fold')
+  table.add_column('exactness', min_width=len('exactness' if narrow else 'token-identical'))
   for heading in ('tokens/call', 'tokens/s', 'speed-up', 'identical to plain'):
-    table.add_column(heading, justify='right')
+    table.add_column(heading, justify='right', min_width=9 if 'plain' in heading else 11)
   for method in results['methods']:
     is_plain = method['name'] == PLAIN
+    exactness = method['exactness'].replace('-identical', '' if narrow else '-identical')
     table.add_row(
       method['name'],
-      'the reference' if is_plain else method['exactness'],
+      'reference' if is_plain else exactness,
       _with_interval(method['tokens_per_call'], method['tokens_per_call_ci'], 2),
       _with_interval(method['tokens_per_second'], method['tokens_per_second_ci'], 1),
       Text('1.00') if is_plain else _speedup_text(method),
@@ -70,10 +73,9 @@ def categories_table(results: Results) -> Table:
 
 def notes(results: Results) -> list[Text]:
   """Returns what a reader of the tables should know, one line each."""
+  has_intervals = any(method['tokens_per_second_ci'] for method in results['methods'])
   return [
-    Text(
-      'In brackets: 95 % intervals over prompts. Every number is defined in docs/experiments.md.'
-    ),
+    Text(_INTERVALS if has_intervals else _NO_INTERVALS),
     Text(_time_note(results)),
     *(Text(alarm, _ALARM) for alarm in _alarms(results)),
   ]
@@ -107,7 +109,7 @@ def _with_interval(value, interval, digits):
   if value is None:
     return _UNSET
   text = f'{value:.{digits}f}'
-  if interval is None:
+  if interval is None or interval[0] == interval[1]:
     return text
   low, high = interval
   return Text.assemble(text, ' ', (f'({low:.{digits}f}–{high:.{digits}f})', 'dim'))
@@ -246,6 +248,7 @@ def _bars(axes, ys, summaries, height, color, label):
     axes.annotate(
       f'{value:.2f}', (end, y), xytext=(3, 0), textcoords='offset points',
       va='center', fontsize=7, color=_INK, zorder=4,
+      bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5},
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import time
 
 import hypothesis
 from hypothesis import strategies as st
@@ -260,11 +259,9 @@ def test_sequoia_with_falling_acceptance_is_the_best_by_product():
 
 
 @pytest.mark.parametrize('first', [0.5, 0.9, 0.999])
-def test_sequoia_builds_256_nodes_in_under_a_second(first):
+def test_sequoia_builds_256_nodes(first):
   acceptance = np.concatenate([[first], np.full(31, (1 - first) / 40)])
-  start = time.process_time()
   tree = static_trees.sequoia(acceptance, 256)
-  assert time.process_time() - start < 1
   assert tree.num_nodes == 256
 
 

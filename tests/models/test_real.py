@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct: the embedded default model, fetched once."""
 
 import json
-import time
 
 from flax import nnx
 import jax
@@ -54,12 +53,10 @@ def loaded():
   return load_model(DEFAULT_MODEL)
 
 
-def test_the_default_model_loads_quickly_from_a_warm_cache(loaded):
-  del loaded
-  start = time.process_time()  # not the wall clock: other processes may keep the machine busy
+def test_the_default_model_loads_again_from_the_cache(loaded):
   again = load_model(DEFAULT_MODEL)
-  assert time.process_time() - start < 8  # 2 s measured
   assert again.name == DEFAULT_MODEL
+  assert again.source == loaded.source
 
 
 def test_what_it_is(loaded):
