@@ -1,7 +1,9 @@
 """The methods that the experiments can run. To add one, add an entry to `_ENTRIES`.
 
 An entry says how to build its drafter for given weights, and which verifiers go with it: the first
-is the default and bears the entry's name, each other one gives a method `name/verifier`.
+is the default and bears the entry's name, each other one gives a method `name/verifier`. Trees are
+drafted by the draft model if there is one, else by the target's first layers, and have the same
+number of nodes, so that they can be compared.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,9 @@ from flax import nnx
 
 import decodax
 from decodax import drafters
+from decodax import static_trees
 from decodax import verifiers
+from decodax.drafters.expander import Expander
 from decodax.types import Candidates
 from decodax.types import DecodeState
 from decodax.types import Drafter
@@ -56,6 +60,7 @@ class Method(NamedTuple):
   candidates: Candidates  # what its drafter proposes
   verifier: Verifier
   needs_draft: bool = False  # weights of a draft model
+  by_default: bool = True  # does it run when no method is named?
 
   def exactness(self, temperature: float) -> str:
     """Returns what the output has in common with plain decoding at this temperature."""
@@ -74,13 +79,19 @@ def _ngram(setup: Setup) -> Decoder:
 
 def _early_exit(setup: Setup) -> Decoder:
   transformer = setup.target.transformer
-  # Without training only late layers agree with the last one, so one draft pays best.
-  exit_layer = setup.exit_layer or max(1, transformer.config.num_layers * 3 // 4)
-  exit_model = as_model(transformer, exit_layer=exit_layer)
+  exit_model = as_model(transformer, exit_layer=_exit_layer(setup))
+  # With so many layers a draft is dear: one of them pays best.
   return _decoder(setup, drafters.early_exit(exit_model, num_drafts=setup.num_drafts or 1))
 
 
 def _draft_model(setup: Setup) -> Decoder:
+  _check_draft(setup)
+  draft = setup.draft
+  drafter = drafters.draft_model(as_model(draft.transformer), num_drafts=setup.num_drafts or 4)
+  return _decoder(setup, drafter, nnx.state(draft.transformer))
+
+
+def _check_draft(setup):
   draft, target = setup.draft, setup.target
   if draft is None:
     raise ValueError('draft-model needs the weights of a draft model: give --draft')
@@ -90,8 +101,38 @@ def _draft_model(setup: Setup) -> Decoder:
       f'the draft model {draft.name} has a vocabulary of {sizes[0]}, {target.name} one of '
       f'{sizes[1]}: they must share one'
     )
-  drafter = drafters.draft_model(as_model(draft.transformer), num_drafts=setup.num_drafts or 4)
-  return _decoder(setup, drafter, nnx.state(draft.transformer))
+
+
+# Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
+# tokens costs half as much again as one of a single token; wider trees do not pay there.
+_TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+
+
+def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
+  def make(expander):
+    return drafters.static_tree(expander, _TREE, candidates=candidates)
+
+  return _tree(make)
+
+
+def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
+  """Returns how to build a tree drafter around the draft model, or else around an early exit."""
+
+  def build(setup):
+    if setup.draft is None:
+      exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
+      return _decoder(setup, make(drafters.exit_expander(exit_model)))
+    _check_draft(setup)
+    transformer = setup.draft.transformer
+    expander = drafters.model_expander(as_model(transformer))
+    return _decoder(setup, make(expander), nnx.state(transformer))
+
+  return build
+
+
+def _exit_layer(setup):
+  # Without training only late layers agree with the last one.
+  return setup.exit_layer or max(1, setup.target.transformer.config.num_layers * 3 // 4)
 
 
 def _decoder(setup, drafter, drafter_params=()):
@@ -107,8 +148,14 @@ class _Entry(NamedTuple):
   candidates: Candidates
   verifiers: tuple[Verifier, ...] = (verifiers.coupled,)
   needs_draft: bool = False
+  by_default: bool = True
 
 
+_CHAIN_RULES = (
+  verifiers.coupled, verifiers.speculative, verifiers.block, verifiers.sample_and_match,
+  verifiers.lenient(), verifiers.typical(), verifiers.fuzzy(), verifiers.mentored(),
+  verifiers.divergence_judge(),
+)  # fmt: skip
 _ENTRIES = (
   _Entry(PLAIN, 'one token per target call', _plain, Candidates.NONE),
   _Entry(
@@ -117,11 +164,46 @@ _ENTRIES = (
   ),
   _Entry(
     'early-exit', 'the first layers draft for all of them', _early_exit,
-    Candidates.SAMPLED, (verifiers.coupled, verifiers.speculative),
+    Candidates.SAMPLED, _CHAIN_RULES,
   ),
   _Entry(
     'draft-model', 'a smaller model with the same vocabulary drafts', _draft_model,
-    Candidates.SAMPLED, (verifiers.coupled, verifiers.speculative), needs_draft=True,
+    Candidates.SAMPLED, _CHAIN_RULES, needs_draft=True,
+  ),
+  _Entry(
+    'static-tree', 'a fixed tree of the likeliest tokens',
+    _static_tree(Candidates.DETERMINISTIC), Candidates.DETERMINISTIC,
+    (verifiers.coupled, verifiers.typical()), by_default=False,
+  ),
+  _Entry(
+    'sampled-tree', 'a fixed tree drawn without replacement (RSD-C)',
+    _static_tree(Candidates.WITHOUT_REPLACEMENT), Candidates.WITHOUT_REPLACEMENT,
+    (verifiers.without_replacement, verifiers.traversal, verifiers.coupled), by_default=False,
+  ),
+  _Entry(
+    'iid-tree', 'a fixed tree of independent draws',
+    _static_tree(Candidates.IID), Candidates.IID,
+    (verifiers.specinfer, verifiers.kseq), by_default=False,
+  ),
+  _Entry(
+    'top-and-one-tree', 'a fixed tree of the likeliest tokens and one draw a node',
+    _static_tree(Candidates.TOP_AND_ONE), Candidates.TOP_AND_ONE,
+    (verifiers.greedy_draft,), by_default=False,
+  ),
+  _Entry(
+    'eagle2-tree', 'the likeliest nodes of a beam, ranked anew each round',
+    _tree(lambda e: drafters.eagle2_tree(e, num_nodes=8, max_depth=3, beam_width=3)),
+    Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'dyspec-tree', 'draws where acceptance is likeliest',
+    _tree(lambda e: drafters.dyspec_tree(e, num_nodes=8, max_depth=3, beam_width=3)),
+    Candidates.COMPETING, (verifiers.without_replacement, verifiers.coupled), by_default=False,
+  ),
+  _Entry(
+    'beam-tree', 'a stochastic beam of whole continuations (RSD-S)',
+    _tree(lambda e: drafters.stochastic_beam_tree(e, beam_width=3, max_depth=3, num_nodes=8)),
+    Candidates.COMPETING, (verifiers.without_replacement, verifiers.coupled), by_default=False,
   ),
 )  # fmt: skip
 
@@ -129,7 +211,15 @@ _ENTRIES = (
 def _methods(entry):
   for index, verifier in enumerate(entry.verifiers):
     name = entry.name if index == 0 else f'{entry.name}/{verifier.name}'
-    yield Method(name, entry.summary, entry.build, entry.candidates, verifier, entry.needs_draft)
+    yield Method(
+      name,
+      entry.summary,
+      entry.build,
+      entry.candidates,
+      verifier,
+      needs_draft=entry.needs_draft,
+      by_default=entry.by_default,
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -140,11 +230,14 @@ METHODS: dict[str, Method] = {
 def default_methods(temperature: float, *, has_draft: bool = False) -> list[str]:
   """Returns the names of the methods to run when none are named.
 
-  Those are all whose weights are there; at temperature 0 only one of each drafter, since all
-  lossless verifiers then decide alike.
+  Those are chains and copies whose weights are there, by lossless rules; at temperature 0 only one
+  of each drafter, since all lossless verifiers then decide alike.
   """
   return [
     name
     for name, method in METHODS.items()
-    if (has_draft or not method.needs_draft) and (temperature > 0 or '/' not in name)
+    if method.by_default
+    and method.verifier.lossless
+    and (has_draft or not method.needs_draft)
+    and (temperature > 0 or '/' not in name)
   ]
