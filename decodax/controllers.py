@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 import numpy as np
 
 from decodax import theory
@@ -23,6 +22,8 @@ from decodax import trees
 from decodax.types import DecodeState
 from decodax.types import Observation
 from decodax.types import PyTree
+
+Numbers = float | Sequence[float] | np.ndarray | jax.Array
 
 
 class DraftStep(NamedTuple):
@@ -112,7 +113,7 @@ def fixed(num_drafts: int) -> Controller:
   )
 
 
-def optimal_length(acceptance: ArrayLike, times_ms: ArrayLike) -> Controller:
+def optimal_length(acceptance: Numbers, times_ms: Numbers) -> Controller:
   """Returns the controller of the one length with the most tokens per second, as measured.
 
   Args:
@@ -172,7 +173,7 @@ class Posterior(NamedTuple):
 
 
 def online(
-  times_ms: Sequence[float],
+  times_ms: Numbers,
   lengths: Sequence[int] = (0, 1, 2, 4, 8),
   *,
   prior: tuple[float, float] = (2.0, 1.0),

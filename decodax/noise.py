@@ -48,7 +48,7 @@ class RoundKeys(NamedTuple):
     """Returns f32[B, V], fresh noise to draw the children, at `depth`, of a node."""
     return _gumbel(self._fresh(Tag.DRAFT, depth, node), vocab_size)
 
-  def accepts(self, probability: jax.Array, depth, index=0) -> jax.Array:
+  def accepts(self, probability: jax.Array, depth, index: jax.Array | int = 0) -> jax.Array:
     """Returns bool[B], True with the given probability[B]; never where it is 0.
 
     Decisions of one round are independent if they differ in depth or in index.
@@ -56,7 +56,7 @@ class RoundKeys(NamedTuple):
     draw = jax.vmap(jax.random.uniform)(self._fresh(Tag.ACCEPT, depth, index))
     return 1 - draw <= probability
 
-  def pick(self, law: jax.Array, depth, index=0) -> jax.Array:
+  def pick(self, law: jax.Array, depth, index: jax.Array | int = 0) -> jax.Array:
     """Returns i32[B], tokens drawn from law float[B, V], which need not be normalised."""
     gumbel = _gumbel(self._fresh(Tag.RESIDUAL, depth, index), law.shape[-1])
     return sampling.argmax(jnp.log(law) + gumbel)

@@ -13,23 +13,26 @@ from decodax import noise
 from decodax.types import Request
 from decodax.types import Sampling
 
-Prompts = Sequence[Sequence[int]] | np.ndarray | jax.Array
+Array = np.ndarray | jax.Array
+Prompts = Sequence[Sequence[int] | Array] | Array
+Integers = int | Sequence[int] | Array
+Numbers = float | Sequence[float] | Array
 
 
 def make_request(
   prompts: Prompts,
   *,
-  max_new_tokens: int | Sequence[int],
+  max_new_tokens: Integers,
   vocab_size: int,
-  prompt_lengths: Sequence[int] | None = None,
-  temperature: float | Sequence[float] = 0.0,
-  top_k: int | Sequence[int] | None = None,
-  top_p: float | Sequence[float] | None = None,
-  min_p: float | Sequence[float] | None = None,
-  repetition_penalty: float | Sequence[float] | None = None,
-  eos_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+  prompt_lengths: Sequence[int] | Array | None = None,
+  temperature: Numbers = 0.0,
+  top_k: Integers | None = None,
+  top_p: Numbers | None = None,
+  min_p: Numbers | None = None,
+  repetition_penalty: Numbers | None = None,
+  eos_ids: Sequence[int] | Sequence[Sequence[int] | Array] | Array = (),
   seed: int = 0,
-  row_ids: Sequence[int] | None = None,
+  row_ids: Sequence[int] | Array | None = None,
   capacity: int | None = None,
 ) -> Request:
   """Returns a checked request of B rows.

@@ -90,7 +90,8 @@ def eagle2_tree(
     max_depth: D; a row whose token budget ends sooner drafts no deeper than it can emit. For a beam
       of more than one node at most N - 2: a tree that deep would be a chain.
     beam_width: W, and K.
-    threshold: path probability below which a node is not proposed.
+    threshold: path probability below which a node is not proposed; the target's call is narrower
+      where few are left.
     controller: of the number of nodes; None takes the best `num_nodes - 1` drafts always.
 
   Raises:
@@ -128,7 +129,8 @@ def dyspec_tree(
     max_depth: as for `eagle2_tree`.
     beam_width: W, nodes read a level.
     max_children: K, children of a node at most.
-    threshold: worth below which a place is not taken.
+    threshold: worth below which a place is not taken; the target's call is narrower where few are
+      left.
     controller: of the number of nodes; None takes the best `num_nodes - 1` places always.
 
   Raises:
@@ -285,7 +287,7 @@ def _dynamic_tree(expander, plan, num_nodes, max_depth, controller) -> Drafter:
     num_nodes=sizes.num_nodes,
     max_depth=sizes.max_depth,
     candidates=plan.candidates,
-    widths=() if controller is None else controllers.widths_of(controller, max_drafts),
+    widths=_widths(plan, controller, max_drafts),
   )
 
   def grow(params, state, *, noise_fn, with_laws):
@@ -336,6 +338,15 @@ def _sizes(plan, num_nodes, max_depth) -> _Sizes:
   reachable = 1 + width * max_depth if plan.beam_only else num_candidates
   num_nodes = min(num_nodes, reachable)
   return _Sizes(num_nodes, max_depth, max(max_depth - 1, 1) * width, num_candidates)
+
+
+def _widths(plan, controller, max_drafts) -> tuple[int, ...]:
+  """Returns the widths worth compiling for the target's call."""
+  if controller is not None:
+    return controllers.widths_of(controller, max_drafts)
+  full = max_drafts + 1
+  # A threshold leaves small trees where nothing is likely.
+  return tuple(sorted({-(-full // 4), -(-full // 2), full})) if plan.threshold > 0 else ()
 
 
 def _plant(state, root, block, score, plan, sizes, limit):

@@ -45,19 +45,18 @@ def verify_greedy_draft(
   index = jnp.arange(proposal.tokens.shape[1])[None]
 
   def settle(node):
+    rows = jnp.arange(node.shape[0])
     children = children_of(proposal, node)
-    drawn = jnp.max(jnp.where(children, index, -1), axis=-1)
-    others = children & (index != drawn[:, None])
+    last = jnp.max(jnp.where(children, index, -1), axis=-1)
+    token = proposal.tokens[rows, last]
+    others = children & (index != last[:, None])
     p = law_at(target_logits, node)
     q = without_tokens(draft_law_at(laws, node), proposal.tokens, others)
-    mass = q.sum(-1)
-    token = proposal.tokens[jnp.arange(node.shape[0]), drawn]
-    chance = divide(of_tokens(p, token) * mass, of_tokens(q, token))
-    chance = jnp.where(drawn >= 0, jnp.minimum(chance, 1), 0)
-    # Where nothing was drawn, nothing is subtracted.
-    weight = jnp.where((drawn >= 0) & (of_tokens(q, token) > 0), divide(jnp.ones_like(mass), mass), 0)
-    law = (1 - chance)[:, None] * residual(p, weight[:, None] * q)
-    return law.at[jnp.arange(node.shape[0]), token].add(chance)
+    # A last child that the law cannot have given is certain, too: nothing was drawn.
+    drawn = (last >= 0) & (of_tokens(q, token) > 0)
+    q = q * jnp.where(drawn, divide(jnp.ones_like(q[:, 0]), q.sum(-1)), 0)[:, None]
+    chance = jnp.minimum(divide(of_tokens(p, token), of_tokens(q, token)), 1)
+    return ((1 - chance)[:, None] * residual(p, q)).at[rows, token].add(chance)
 
   return walk_siblings(share_rule(settle), keys, proposal, max_depth=max_depth)
 

@@ -17,11 +17,11 @@ from decodax.types import Verdict
 from decodax.types import Verifier
 from decodax.verifiers.laws import law_at
 from decodax.verifiers.laws import residual
+from decodax.verifiers.siblings import SiblingRule
 from decodax.verifiers.siblings import divide
 from decodax.verifiers.siblings import draft_law_at
 from decodax.verifiers.siblings import of_tokens
 from decodax.verifiers.siblings import select_rows
-from decodax.verifiers.siblings import SiblingRule
 from decodax.verifiers.siblings import walk_siblings
 
 _MAX_STEPS = 60  # Newton takes about six; bisection alone would need as many as a float has bits

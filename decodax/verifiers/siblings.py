@@ -14,10 +14,18 @@ import jax.numpy as jnp
 
 from decodax.noise import RoundKeys
 from decodax.trees import children_of
+from decodax.types import Candidates
 from decodax.types import Proposal
 from decodax.types import PyTree
 from decodax.types import Verdict
 from decodax.verifiers.laws import law_at
+
+IN_TURN = frozenset({
+  Candidates.SAMPLED, Candidates.IID, Candidates.WITHOUT_REPLACEMENT, Candidates.COMPETING,
+})  # fmt: skip
+"""Children drawn from one law in turn, which rules for draws without replacement can use.
+
+Independent draws are that, once those that repeat a sibling are passed over."""
 
 
 class SiblingRule(NamedTuple):
@@ -139,9 +147,7 @@ def without_tokens(law: jax.Array, tokens: jax.Array, removed: jax.Array) -> jax
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   """Returns numerator / denominator, 0 where the denominator is not positive."""
-  return jnp.where(
-    denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0
-  )
+  return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
 
 
 def select_rows(rows: jax.Array, new: PyTree, old: PyTree) -> PyTree:

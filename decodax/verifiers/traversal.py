@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from decodax.noise import RoundKeys
 from decodax.trees import children_of
-from decodax.types import Candidates
 from decodax.types import Proposal
 from decodax.types import Verdict
 from decodax.types import Verifier
 from decodax.verifiers.laws import law_at
+from decodax.verifiers.siblings import IN_TURN
 from decodax.verifiers.siblings import divide
 from decodax.verifiers.siblings import draft_law_at
 from decodax.verifiers.siblings import next_child
@@ -80,6 +80,9 @@ def verify_traversal(
   rows = jnp.arange(batch_size)
   has_child = _has_child(proposal)
 
+  def laws_of(node):
+    return law_at(target_logits, node), draft_law_at(laws, node)
+
   def step(visit: _Visit) -> _Visit:
     depth, active = visit.depth, visit.active
     top = _read(visit.stack, depth)
@@ -111,9 +114,7 @@ def verify_traversal(
     moved = push | pop
     p, q = lax.cond(
       moved.any(),
-      lambda: select_rows(
-        moved, (law_at(target_logits, frame.node), draft_law_at(laws, frame.node)), (visit.p, visit.q)
-      ),
+      lambda: select_rows(moved, laws_of(frame.node), (visit.p, visit.q)),
       lambda: (visit.p, visit.q),
     )
     refused = refused & drawn
@@ -135,7 +136,7 @@ def verify_traversal(
     return visit.active.any() & (visit.step < 2 * num_nodes)
 
   root = jnp.zeros((batch_size,), jnp.int32)
-  p, q = law_at(target_logits, root), draft_law_at(laws, root)
+  p, q = laws_of(root)
   one = jnp.ones((batch_size,), p.dtype)
   start = _Visit(
     step=jnp.int32(0),
@@ -161,8 +162,9 @@ def _read(stack: _Frame, depth: jax.Array) -> _Frame:
 
 def _has_child(proposal: Proposal) -> jax.Array:
   """Returns bool[B, N]: has the node a valid child?"""
-  rows = jnp.arange(proposal.tokens.shape[0])[:, None]
-  parents = jnp.where(proposal.valid & (proposal.parents >= 0), proposal.parents, proposal.tokens.shape[1])
+  rows, num_nodes = jnp.arange(proposal.tokens.shape[0])[:, None], proposal.tokens.shape[1]
+  is_child = proposal.valid & (proposal.parents >= 0)
+  parents = jnp.where(is_child, proposal.parents, num_nodes)
   return jnp.zeros(proposal.tokens.shape, bool).at[rows, parents].set(True, mode='drop')
 
 
@@ -207,8 +209,6 @@ traversal = Verifier(
   exactness='law-identical',
   verify=verify_traversal,
   draft_noise=RoundKeys.draft_gumbel,
-  supports=frozenset({
-    Candidates.SAMPLED, Candidates.IID, Candidates.WITHOUT_REPLACEMENT, Candidates.COMPETING,
-  }),  # fmt: skip
+  supports=IN_TURN,
   needs_laws=True,
 )

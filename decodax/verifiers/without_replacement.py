@@ -6,10 +6,10 @@ Axes: `B` batch, `N` nodes, `V` vocabulary.
 import jax
 
 from decodax.noise import RoundKeys
-from decodax.types import Candidates
 from decodax.types import Proposal
 from decodax.types import Verdict
 from decodax.types import Verifier
+from decodax.verifiers.siblings import IN_TURN
 from decodax.verifiers.siblings import residual_rule
 from decodax.verifiers.siblings import walk_siblings
 
@@ -42,8 +42,6 @@ without_replacement = Verifier(
   exactness='law-identical',
   verify=verify_without_replacement,
   draft_noise=RoundKeys.draft_gumbel,
-  supports=frozenset({
-    Candidates.SAMPLED, Candidates.IID, Candidates.WITHOUT_REPLACEMENT, Candidates.COMPETING,
-  }),  # fmt: skip
+  supports=IN_TURN,
   needs_laws=True,
 )

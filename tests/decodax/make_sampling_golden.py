@@ -6,6 +6,8 @@ Every case is one row of logits f32[V] and the tokens before it; `warped` is wha
 transformers make of them, in the order in which its `generate` applies them.
 """
 
+# pyright: reportMissingImports=false
+
 import itertools
 import pathlib
 

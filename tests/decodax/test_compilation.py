@@ -1,6 +1,7 @@
 """What is compiled: one program for a whole generation, and none for other values."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,9 @@ def test_other_values_do_not_trace_again(zoo, params):
     for prompt_lengths in lengths:
       run(params, _random_request(seed, sampling, prompt_lengths))
   # Stop ids, budgets, row ids, and other parameters.
-  options = dict(max_new_tokens=np.arange(1, BATCH + 1), eos_ids=[[3], [4, 5]] * (BATCH // 2))
+  options: dict[str, Any] = dict(
+    max_new_tokens=np.arange(1, BATCH + 1), eos_ids=[[3], [4, 5]] * (BATCH // 2)
+  )
   run(params, make_request(row_ids=range(10, 10 + BATCH), **options))
   run(decodax.Params(zoo.other_params, zoo.params), make_request())
   assert run.num_traces == traces

@@ -420,7 +420,7 @@ def test_trees_take_the_controllers_number_of_nodes(kind):
 
 def _paths(proposal, row):
   tokens, parents, valid = (np.asarray(a)[row] for a in proposal[:3])
-  paths = [()]
+  paths: list[tuple[int, ...]] = [()]
   for node in range(1, len(tokens)):
     if valid[node]:
       paths.append((*paths[parents[node]], int(tokens[node])))

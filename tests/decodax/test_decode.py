@@ -29,6 +29,8 @@ from tests.decodax.zoo import failing
 from tests.decodax.zoo import make_request
 from tests.decodax.zoo import make_script
 from tests.decodax.zoo import take_rows
+from tests.table_model import random_table
+from tests.table_model import table_model
 
 _NO_STOP = ((),) * (BATCH - 1) + ((VOCAB_SIZE - 1, 0),)  # of the same width as EOS_IDS
 
@@ -141,6 +143,44 @@ def test_random_trees_are_accepted_to_every_depth(zoo):
   stats = _run(zoo, 'tree', 'coupled', request, zoo.plain('coupled', request).tokens).stats
   assert np.all(stats.num_accepted_at.sum(0) > 0), stats.num_accepted_at
   assert np.all(stats.num_tested_at.sum(0) > stats.num_accepted_at.sum(0)), stats
+
+
+def test_a_row_without_drafts_does_not_cut_those_of_others(zoo):
+  """The block is as wide as the row with the most drafts needs."""
+  request = make_request(eos_ids=_NO_STOP)
+  text = zoo.plain('coupled', request).tokens
+  num_drafts = np.arange(BATCH) % (NUM_DRAFTS + 1)
+  params = decodax.Params(
+    zoo.params, make_script(text, num_right=NUM_DRAFTS, num_drafts=num_drafts)
+  )
+  stats = jax.device_get(zoo.decode('scripted', 'coupled')(params, request)).stats
+  calls = -(-np.asarray(MAX_NEW_TOKENS) // (num_drafts + 1))
+  np.testing.assert_array_equal(stats.num_target_calls[:-1], calls[:-1])  # the last row may stop
+
+
+def test_the_block_is_as_narrow_as_the_drafts_allow(zoo):
+  """A round without drafts costs the target one token, not the widest block."""
+  table, widths = table_model(3), []
+
+  def extend(params, cache, tokens, positions, mask):
+    jax.debug.callback(functools.partial(widths.append, tokens.shape[1]))
+    return table.extend(params, cache, tokens, positions, mask)
+
+  run = Compiled(
+    functools.partial(
+      decodax.decode, model=table._replace(extend=extend), drafter=zoo.drafters['scripted'],
+      verifier=verifiers.greedy, prefill_chunk=2,
+    )
+  )  # fmt: skip
+  budgets = [12, 4]  # once the row that drafts is done, the other needs one token again
+  request = decodax.make_request([[1, 2]] * 2, max_new_tokens=budgets, vocab_size=3, capacity=16)
+  params = jnp.asarray(random_table(0, 3), jnp.float32)
+  for drafts, expected in ((0, {1}), (1, {NUM_DRAFTS + 1, 1}), (NUM_DRAFTS, {NUM_DRAFTS + 1, 1})):
+    widths.clear()
+    script = make_script(jnp.zeros((2, 16)), num_drafts=np.asarray([0, drafts]))
+    jax.block_until_ready(run(decodax.Params(params, script), request))
+    jax.effects_barrier()
+    assert set(widths[1:]) == expected, (drafts, widths)  # the first is the prompt's
 
 
 # --- Invariance ----------------------------------------------------------------------------------
@@ -375,7 +415,9 @@ def test_a_drafter_with_another_vocabulary_is_refused(zoo, verifier):
   for drafter in (drafters.draft_model(other), drafters.early_exit(other)):
     for call in (
       lambda d: decodax.make_step_fn(model=target, drafter=d, verifier=rule),
-      lambda d: decodax.decode((), make_request(), model=target, drafter=d, verifier=rule),
+      lambda d: decodax.decode(
+        decodax.Params(()), make_request(), model=target, drafter=d, verifier=rule
+      ),
     ):
       with pytest.raises(ValueError, match='vocabulary of 25 tokens, the target one of 24'):
         call(drafter)

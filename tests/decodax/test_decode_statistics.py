@@ -7,6 +7,7 @@ however it is spread. Seeds are fixed, so a test that passes keeps passing.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,10 @@ _NUM_RUNS, _LENGTH, _NUM_DRAFTS, _VOCAB = 200_000, 4, 2, 3
 _PROMPT = (1, 2)
 _TARGET = random_table(0, _VOCAB)
 _DRAFT = random_table(1, _VOCAB)
-_SAMPLINGS = {'plain': dict(temperature=1.0, top_p=1.0), 'warped': dict(temperature=1.4, top_p=0.8)}
+_SAMPLINGS: dict[str, Any] = {
+  'plain': dict(temperature=1.0, top_p=1.0),
+  'warped': dict(temperature=1.4, top_p=0.8),
+}
 
 
 def _verify_without_residual(keys, proposal, target_logits, *, max_depth):

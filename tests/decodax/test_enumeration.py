@@ -263,8 +263,9 @@ def test_coupled_and_greedy_on_chains(case):
   proposal, logits, weight = _every_chain(p, q, 2, lambda drafts: 2)
   total, accepted = np.zeros((V, V, V)), 0.0
   for row in np.flatnonzero(weight):
-    one = jax.tree.map(lambda a, row=row: a[row : row + 1], (proposal._replace(laws=None), logits))
-    outcome = _enumerate_tree(verifiers.coupled.verify, *one, 2)
+    both = (proposal._replace(laws=None), logits)
+    one, after = jax.tree.map(lambda a, row=row: a[row : row + 1], both)
+    outcome = _enumerate_tree(verifiers.coupled.verify, one, after, 2)
     total += weight[row] * output_law(outcome, np.ones(1), p, CONTEXT, 3)
     accepted += weight[row] * expected_accepted(outcome, np.ones(1))
   np.testing.assert_allclose(total, sequence_law(p, CONTEXT, 3), atol=1e-12)

@@ -128,7 +128,7 @@ def test_a_scratch_block_is_filled_piece_by_piece(offset, traced):
   for ours, before, piece in zip(new, scratch, block, strict=True):
     axis = 3 if ours.ndim > 2 else 1
     expected = np.array(before)
-    np.moveaxis(expected, axis, 0)[offset : offset + 2] = np.moveaxis(piece, axis, 0)
+    np.moveaxis(expected, axis, 0)[offset : offset + 2] = np.moveaxis(np.asarray(piece), axis, 0)
     np.testing.assert_array_equal(ours, expected)
 
 

@@ -1,5 +1,7 @@
 """What `make_request` makes of good input, and what it says about bad input."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,11 @@ import pytest
 from decodax import make_request
 from decodax import noise
 
-_GOOD = dict(prompts=[[1, 2], [3]], max_new_tokens=4, vocab_size=10)
-_ARRAY = dict(prompts=np.ones((2, 3), int))
+_GOOD: dict[str, Any] = dict(prompts=[[1, 2], [3]], max_new_tokens=4, vocab_size=10)
+_ARRAY: dict[str, Any] = dict(prompts=np.ones((2, 3), int))
 
 # name: (options, what the message must say: what was given, what is allowed).
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
   'no prompts': (dict(prompts=[]), 'prompts is empty; pass at least one prompt'),
   'no rows': (dict(prompts=np.zeros((0, 3), int)), 'prompts is empty'),
   'empty prompt': (dict(prompts=[[1], []]), 'prompt 1 is empty .* needs at least one token'),
@@ -96,7 +98,8 @@ def test_defaults():
   assert request.sampling[1:] == (None,) * 4
   assert request.eos_ids.shape == (2, 0)
   keys = noise.row_keys(0, jnp.arange(2))
-  np.testing.assert_array_equal(*map(jax.random.key_data, (request.rng_keys, keys)))
+  data = jax.random.key_data(keys)
+  np.testing.assert_array_equal(jax.random.key_data(request.rng_keys), data)
 
 
 def test_values_per_row_and_dtypes():
@@ -114,7 +117,8 @@ def test_values_per_row_and_dtypes():
   np.testing.assert_array_equal(request.max_new_tokens, [4, 5])
   np.testing.assert_array_equal(request.eos_ids, [[1, -1], [4, 5]])
   keys = noise.row_keys(3, jnp.asarray([7, -7]))
-  np.testing.assert_array_equal(*map(jax.random.key_data, (request.rng_keys, keys)))
+  data = jax.random.key_data(keys)
+  np.testing.assert_array_equal(jax.random.key_data(request.rng_keys), data)
 
 
 @pytest.mark.parametrize('needed, capacity', [(3, 64), (64, 64), (65, 128), (1000, 1024)])
@@ -129,7 +133,7 @@ def test_capacity_is_the_next_power_of_two(needed, capacity):
 def test_an_array_of_prompts_is_read_up_to_its_lengths(wrap):
   # The padding may hold anything, and may be wider than the capacity.
   prompts = wrap([[1, 2, -1, 99, 0, 0], [3, 10**6, -1, -1, 0, 0]])
-  options = dict(max_new_tokens=2, vocab_size=10, capacity=4)
+  options: dict[str, Any] = dict(max_new_tokens=2, vocab_size=10, capacity=4)
   request = make_request(prompts, prompt_lengths=[2, 1], **options)
   ragged = make_request([[1, 2], [3]], **options)
   np.testing.assert_array_equal(request.tokens, ragged.tokens)

@@ -4,7 +4,7 @@ Axes: `B` batch, `N` nodes, `D` depth, `S` slots.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def test_prefill_in_a_python_loop_equals_the_compiled_one(zoo):
   model = zoo.model._replace(extend=jax.jit(zoo.model.extend), commit=jax.jit(zoo.model.commit))
   drafter = drafters.draft_model(model)
   params, request = decodax.Params(zoo.params, zoo.other_params), make_request()
-  options = dict(model=model, drafter=drafter, prefill_chunk=8)
+  options: dict[str, Any] = dict(model=model, drafter=drafter, prefill_chunk=8)
   state = decodax.init_state(params, request, **options)
   twin = decodax.prefill(params, state, loop_fn=decodax.python_while_loop, **options)
   compiled = Compiled(functools.partial(decodax.prefill, **options))(params, state)

@@ -193,6 +193,20 @@ def test_temperature_0_takes_the_first_of_equal_tokens():
   np.testing.assert_array_equal(jax.nn.softmax(warped), np.eye(4)[[1, 2, 0]])
 
 
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('start', [1.0, -3.0, 1e-30, 1e30])
+def test_neighbouring_floats_are_told_apart(dtype, start):
+  row = [np.asarray(start, dtype)]
+  while len(row) < 40:
+    row.append(np.nextafter(row[-1], np.asarray(np.inf, dtype)))
+  logits = np.tile(np.random.default_rng(0).permutation(row), (40, 1))
+  top_k = np.arange(1, 41, dtype=np.int32)
+  with jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext():
+    sampling = Sampling(jnp.ones((40,)), jnp.asarray(top_k))
+    kept = np.isfinite(_warp()(jnp.asarray(logits), sampling))
+  np.testing.assert_array_equal(kept, logits >= np.sort(row)[::-1][:, None])
+
+
 def test_rules_that_are_none_and_rules_that_are_off_agree():
   logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9)), jnp.float32)
   temperature = jnp.asarray([1.0, 0.5])

@@ -41,7 +41,7 @@ def _random_proposal(seed, num_nodes, batch=4):
   parents = _random_parents(rng, batch, num_nodes)
   tokens = rng.integers(-1, _V + 1, parents.shape).astype(np.int32)
   valid = np.arange(num_nodes)[None] < rng.integers(1, num_nodes + 1, (batch, 1))
-  return Proposal(tokens, parents, valid)
+  return jax.tree.map(np.asarray, Proposal(*map(jnp.asarray, (tokens, parents, valid))))
 
 
 def _ancestors(parents, node):
@@ -195,6 +195,7 @@ def test_a_chain_proposal_holds_root_drafts_and_laws():
   np.testing.assert_array_equal(proposal.tokens, [[7, 1, 2, 3], [8, 4, 5, 6]])
   np.testing.assert_array_equal(proposal.parents, [[-1, 0, 1, 2]] * 2)
   np.testing.assert_array_equal(proposal.valid, [[1, 1, 1, 1], [1, 1, 0, 0]])
+  assert proposal.laws is not None
   np.testing.assert_array_equal(proposal.laws[:, :-1], laws)
   assert not np.any(proposal.laws[:, -1])
   assert trees.chain_proposal(root, drafts, jnp.asarray([3, 1])).laws is None

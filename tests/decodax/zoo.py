@@ -5,11 +5,12 @@ Axes: `B` batch, `N` nodes, `D` depth, `S` slots, `V` vocabulary.
 
 from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 import decodax
@@ -122,12 +123,14 @@ def _make_transformer(seed):
   return transformer, jax.tree_util.tree_map_with_path(sharpen, nnx.state(transformer))
 
 
-def make_request(sampling: dict | None = None, *, seed: int = 0, **options) -> decodax.Request:
+def make_request(
+  sampling: dict[str, Any] | None = None, *, seed: int = 0, **options: Any
+) -> decodax.Request:
   """Returns a ragged request of `BATCH` rows."""
   rng = np.random.default_rng(seed)
   texts = [np.tile(rng.integers(0, VOCAB_SIZE, 7), 5) for _ in PROMPT_LENGTHS]
   prompts = [text[:length] for text, length in zip(texts, PROMPT_LENGTHS, strict=True)]
-  defaults = dict(
+  defaults: dict[str, Any] = dict(
     max_new_tokens=MAX_NEW_TOKENS, eos_ids=EOS_IDS, seed=seed, capacity=CAPACITY,
     vocab_size=VOCAB_SIZE,
   )  # fmt: skip
@@ -164,11 +167,20 @@ class Script(NamedTuple):
   wrong: jax.Array  # i32[B] what is proposed instead of the text; any number at all
 
 
-def make_script(text, *, num_right=-1, num_drafts=-1, wrong=VOCAB_SIZE + 5) -> Script:
+def make_script(
+  text: ArrayLike,
+  *,
+  num_right: ArrayLike = -1,
+  num_drafts: ArrayLike = -1,
+  wrong: ArrayLike = VOCAB_SIZE + 5,
+) -> Script:
   """Returns a script whose options may be one value or one per row."""
   text = jnp.asarray(text, jnp.int32)
-  rows = [np.broadcast_to(np.int32(a), text.shape[:1]) for a in (num_right, num_drafts, wrong)]
-  return Script(text, *map(jnp.asarray, rows))
+  rows = [
+    jnp.broadcast_to(jnp.asarray(values, jnp.int32), text.shape[:1])
+    for values in (num_right, num_drafts, wrong)
+  ]
+  return Script(text, *rows)
 
 
 def scripted_chain(num_drafts: int) -> Drafter:

@@ -5,6 +5,7 @@ of keys and values, `Dh` head size.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,14 @@ def _inputs(seed=0, *, num_queries=3, num_keys=None, dtype=np.float32, dead=np.n
   mask = rng.random((_B, num_queries, num_keys)) < 0.5
   mask |= np.eye(num_queries, num_keys, dtype=bool)[None]  # a token sees itself
   live = (np.arange(_S)[None] < _LENGTHS[:, None])[None, :, None, :, None]
-  cached = [jnp.where(live, normal(_L, _B, _HKV, _S, _DH), dead).astype(dtype) for _ in range(2)]
+  keys, values = (
+    jnp.where(live, normal(_L, _B, _HKV, _S, _DH), dead).astype(dtype) for _ in range(2)
+  )
   # Slot order carries no meaning: positions are shuffled.
   positions = np.stack([rng.permutation(_S) for _ in range(_B)]).astype(np.int32)
-  prefix = Prefix(*cached, jnp.asarray(positions), jnp.asarray(_LENGTHS, jnp.int32), jnp.int32(1))
+  prefix = Prefix(
+    keys, values, jnp.asarray(positions), jnp.asarray(_LENGTHS, jnp.int32), jnp.int32(1)
+  )
   return (
     normal(_B, num_queries, _H, _DH),
     normal(_B, _HKV, num_keys, _DH),
@@ -62,7 +67,7 @@ def _dense(
       kv = head // (queries.shape[2] // keys.shape[1])
       some_keys, some_values = keys[row, kv], values[row, kv]
       positions = None if key_positions is None else np.asarray(key_positions)[row]
-      if length:
+      if prefix is not None and length:
         layer = int(prefix.layer)
         old = [np.asarray(a, np.float64)[layer, row, kv, :length] for a in prefix[:2]]
         some_keys = np.concatenate([old[0], some_keys])
@@ -209,7 +214,7 @@ def test_a_named_implementation_works_or_says_why_not():
 )
 def test_shapes_that_disagree_are_refused(change, message):
   names = ('queries', 'keys', 'values', 'mask', 'prefix')
-  inputs = dict(zip(names, _inputs(12), strict=True))
+  inputs: dict[str, Any] = dict(zip(names, _inputs(12), strict=True))
   inputs |= {name: jnp.zeros(shape, inputs[name].dtype) for name, shape in change.items()}
   with pytest.raises(ValueError, match=message):
     block_attention(*inputs.values(), scale=_SCALE)

@@ -96,7 +96,7 @@ def _siblings(parents, node):
 
 
 def _law_of(q, parents, kind, tokens, node):
-  """Returns f64[V], what `node` is drawn from; no mass if nothing is left, None if it is certain."""
+  """Returns f64[V], what `node` is drawn from, not normalised; zeros if nothing is left."""
   siblings = _siblings(parents, node)
   context = _context(parents, tokens, parents[node])
   if kind is Candidates.SEVERAL_DRAFTERS:

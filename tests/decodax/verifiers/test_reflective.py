@@ -1,5 +1,7 @@
 """Reflective verification: the second reading is the real one, and leaves no trace."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ REFLECTION = (7, 3, 11)
 DRAFTS = np.asarray([[4, 9, 1], [2, 2, 8], [5, 0, 6], [1, 2, 3]], np.int32)
 LENGTHS = np.asarray([3, 1, 0, 2], np.int32)
 PROMPTS = ((1, 2, 3), (4,), (5, 6, 7, 8, 9), (10, 11))
-MIXED = dict(temperature=(0.0, 1.0, 0.7, 0.0))
+TEMPERATURES = (0.0, 1.0, 0.7, 0.0)
 
 
 def _fixed_chains():
@@ -50,29 +52,47 @@ def _fixed_chains():
   )
 
 
-def _first_round(zoo, rule, **sampling):
-  """Returns (the state after the first round, what the round did, what the rule saw or None)."""
-  request = decodax.make_request(
-    PROMPTS, max_new_tokens=8, vocab_size=zoo.model.vocab_size, capacity=16, **sampling
-  )
+@functools.cache
+def _round_fn(make_rule, model):
+  """Returns the compiled first round; it takes (weight, params, request)."""
   drafter, seen = _fixed_chains(), []
 
-  def verify(*args, **options):
-    seen.append(options.get('evidence'))
-    return rule.verify(*args, **options)
+  def run(weight, params, request):
+    rule = make_rule(weight)
 
-  def run(params, request):
-    state = init_state(params, request, model=zoo.model, drafter=drafter, prefill_chunk=4)
-    state = prefill(params, state, model=zoo.model, drafter=drafter, prefill_chunk=4)
+    def verify(*args, **options):
+      seen.append(options.get('evidence'))
+      return rule.verify(*args, **options)
+
+    state = init_state(params, request, model=model, drafter=drafter, prefill_chunk=4)
+    state = prefill(params, state, model=model, drafter=drafter, prefill_chunk=4)
     recorded = rule._replace(verify=verify)
-    state, info = speculative_step(
-      params, state, model=zoo.model, drafter=drafter, verifier=recorded
-    )
-    return state, info, seen[0]
+    state, info = speculative_step(params, state, model=model, drafter=drafter, verifier=recorded)
+    return state, info, seen.pop()
 
-  return jax.device_get(Compiled(run)(decodax.Params(zoo.params), request))
+  return Compiled(run)
 
 
+def _first_round(zoo, make_rule, weight):
+  """Returns (the state after the first round, what the round did, what the rule saw or None)."""
+  request = decodax.make_request(
+    PROMPTS, max_new_tokens=8, vocab_size=zoo.model.vocab_size, capacity=16,
+    temperature=TEMPERATURES,
+  )  # fmt: skip
+  run = _round_fn(make_rule, zoo.model)
+  return jax.device_get(run(weight, decodax.Params(zoo.params), request))
+
+
+def _reflecting(weight):
+  return reflective(greedy, REFLECTION, weight)
+
+
+def _not_reflecting(weight):
+  del weight
+  return greedy._replace(exactness='lossy: not, but the loop is to treat it as such')
+
+
+@functools.cache
 def _read_plainly(zoo):
   """Returns, per row, f32[T, V]: the logits after each token of one text with the draft twice."""
   drafts = [row[:count].tolist() for row, count in zip(DRAFTS, LENGTHS, strict=True)]
@@ -93,7 +113,7 @@ def _read_plainly(zoo):
 
 
 def test_opinions_are_those_of_reading_prompt_and_draft_again(zoo):
-  _, _, evidence = _first_round(zoo, reflective(greedy, REFLECTION))
+  _, _, evidence = _first_round(zoo, _reflecting, 0.3)
   plain = zip(_read_plainly(zoo), PROMPTS, LENGTHS, strict=True)
   for row, (logits, prompt, count) in enumerate(plain):
     opinions = evidence.opinions[row, : count + 1]
@@ -102,22 +122,20 @@ def test_opinions_are_those_of_reading_prompt_and_draft_again(zoo):
     np.testing.assert_allclose(own, logits[first : first + count + 1], atol=2e-4)
 
 
-@pytest.mark.parametrize('mixture', ['laws', 'logits'])
-def test_weight_0_is_the_base_rule_and_commits_the_same(zoo, mixture):
-  expected, info, _ = _first_round(zoo, typical(), **MIXED)
-  rule = reflective(typical(), REFLECTION, 0.0, mixture=mixture)
-  actual, reflected, _ = _first_round(zoo, rule, **MIXED)
+def test_weight_0_is_the_base_rule_and_commits_the_same(zoo):
+  expected, info, _ = _first_round(zoo, _not_reflecting, 0.0)
+  actual, reflected, _ = _first_round(zoo, _reflecting, 0.0)
   np.testing.assert_array_equal(actual.tokens, expected.tokens)
   np.testing.assert_array_equal(actual.cache.length, expected.cache.length)
   jax.tree.map(np.testing.assert_array_equal, reflected.verdict, info.verdict)
   jax.tree.map(np.testing.assert_array_equal, actual.stats, expected.stats)
-  for row, length in enumerate(np.asarray(expected.cache.length)):
+  for row, length in enumerate(expected.cache.length):
     for ours, theirs in zip(actual.cache[:2], expected.cache[:2], strict=True):
       np.testing.assert_allclose(ours[:, row, :, :length], theirs[:, row, :, :length], atol=1e-5)
 
 
 def test_weight_1_follows_the_second_reading(zoo):
-  state, info, _ = _first_round(zoo, reflective(greedy, REFLECTION, 1.0))
+  state, info, _ = _first_round(zoo, _reflecting, 1.0)
   plain = zip(_read_plainly(zoo), PROMPTS, LENGTHS, strict=True)
   for row, (logits, prompt, count) in enumerate(plain):
     best = logits[len(logits) - 1 - count :].argmax(-1)
@@ -143,6 +161,13 @@ def test_mixes_before_the_base_rule(mixture):
   law = np.zeros_like(mixed[:, 0])
   np.add.at(law, (outcome.row, outcome.tokens[:, 0]), outcome.weight)
   np.testing.assert_allclose(law, mixed[:, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize('mixture', reflective.__globals__['MIXTURES'])
+def test_weight_0_leaves_logits_as_they_are(mixture):
+  mix = reflective.__globals__['MIXTURES'][mixture]
+  first = jnp.asarray([[0.5, 2.0, -jnp.inf]])
+  np.testing.assert_array_equal(mix(first, -first, jnp.zeros((1, 1))), first)
 
 
 def test_refuses_what_it_cannot_do():

@@ -29,7 +29,7 @@ def test_a_chain_is_decided_as_by_block_verification():
 @pytest.mark.usefixtures('float64')
 def test_paths_are_longer_than_those_of_recursive_rejection():
   # Reported for these tables; there is no proof for all.
-  for name in ('random', 'close', 'sharp target', 'sharp draft', 'each misses one', 'equal'):
+  for name in ('random', 'close', 'sharp target', 'equal'):
     tree = every_tree(*CASES[name], UNEQUAL, WOR)
     gain = mean_accepted(verifiers.traversal, tree) - mean_accepted(
       verifiers.without_replacement, tree
@@ -45,8 +45,8 @@ FREEDOM = V**NUM_TOKENS - 1
 
 
 def test_the_power_of_the_test():
-  # 131,072 runs of 5 tokens, 243 cells. A law whose cells are off by 5 % (root mean square, weighted
-  # by the law) is rejected with certainty to 4 digits, one off by 4 % in 97 of 100 cases.
+  # 131,072 runs of 5 tokens, 243 cells. A law whose cells are off by 5 % (root mean square,
+  # weighted by the law) is rejected with certainty to 4 digits, one off by 4 % in 97 of 100 cases.
   bound = scipy.stats.chi2.isf(1e-4, FREEDOM)
   power = [scipy.stats.ncx2.sf(bound, FREEDOM, NUM_RUNS * error**2) for error in (0.04, 0.05)]
   assert power[0] > 0.97 and power[1] > 0.9999

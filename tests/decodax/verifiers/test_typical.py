@@ -1,9 +1,12 @@
 """Typical acceptance against a search by hand, on chains and trees, and its two exact ends."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.noise import RoundKeys
+from decodax.noise import row_keys
 from decodax.types import Proposal
 from decodax.verifiers import typical
 from tests.decodax.verifiers.chains import CASES
@@ -52,34 +55,46 @@ def _best_by_hand(tokens, parents, valid, laws, epsilon, delta):
   return max(reached.values()), reached
 
 
+def _verify(epsilon, delta, proposal, logits):
+  count = proposal.tokens.shape[0]
+  zeros = jnp.zeros((count,), jnp.int32)
+  keys = RoundKeys(row_keys(0, jnp.arange(count)), zeros, zeros)
+  return typical(epsilon, delta).verify(keys, proposal, logits, max_depth=4)
+
+
+_jitted = jax.jit(_verify)
+
+
 @pytest.mark.parametrize('knobs', [(0.3, 0.09), (0.5, 2.0), (0.15, 1.0)])
 def test_the_path_is_the_longest_and_then_the_likeliest(knobs):
-  lengths = []
+  lengths = set()
   for seed in range(3):
     proposal, logits = _random_trees(seed)
-    outcome = outcome_of(typical(*knobs), proposal, logits, max_depth=4)
+    verdict = jax.device_get(_jitted(*knobs, proposal, logits))
     laws = np.exp(np.asarray(logits))
-    by_hand = [
-      _best_by_hand(*row, *knobs)
-      for row in zip(*(np.asarray(a) for a in proposal[:3]), laws, strict=True)
-    ]
-    for row, _, count, tokens in zip(*outcome, strict=True):
-      (depth, score), reached = by_hand[row]
-      assert count == depth
-      paths = [_tokens_to(node, proposal, row) for node, best in reached.items()
-               if best == (depth, score)]  # fmt: skip
-      assert tokens[:count].tolist() in paths
-    lengths += [depth for (depth, _), _ in by_hand]
-  assert len(set(lengths)) >= 3
+    trees = zip(*(np.asarray(a) for a in proposal[:3]), laws, strict=True)
+    for row, tree in enumerate(trees):
+      (depth, score), reached = _best_by_hand(*tree, *knobs)
+      assert verdict.num_accepted[row] == depth
+      best = [_path_to(node, tree[1]) for node, value in reached.items() if value == (depth, score)]
+      assert verdict.path[row, : depth + 1].tolist() in best
+      lengths.add(depth)
+  assert len(lengths) >= 3
 
 
-def _tokens_to(node, proposal, row):
-  parents, tokens = np.asarray(proposal.parents)[row], np.asarray(proposal.tokens)[row]
+def _path_to(node, parents):
   path = []
-  while node > 0:
-    path.insert(0, int(tokens[node]))
+  while node >= 0:
+    path.insert(0, int(node))
     node = parents[node]
   return path
+
+
+def test_ids_that_do_not_exist_are_not_accepted():
+  proposal, logits = _random_trees(0)
+  odd = jnp.asarray([-1, 5, 2**31 - 1] * 3, jnp.int32)[None]
+  proposal = proposal._replace(tokens=jnp.broadcast_to(odd, proposal.tokens.shape))
+  assert not np.any(_jitted(0.0, 0.0, proposal, logits).num_accepted)
 
 
 def test_the_token_after_the_path_is_the_target_s():
