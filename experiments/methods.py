@@ -7,7 +7,7 @@ number of nodes, so that they can be compared.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -130,6 +130,21 @@ def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
   return build
 
 
+def _several_drafters(setup: Setup) -> Decoder:
+  last = _exit_layer(setup)
+  models: list[tuple[Expander, Any]] = [
+    (drafters.exit_expander(as_model(setup.target.transformer, exit_layer=layer)), ())
+    for layer in (last, max(1, last * 3 // 4))
+  ]
+  if setup.draft is not None:
+    _check_draft(setup)
+    draft = setup.draft.transformer
+    models = [(drafters.model_expander(as_model(draft)), nnx.state(draft)), models[0]]
+  expanders, params = zip(*models, strict=True)
+  drafter = drafters.several_chains(expanders, num_drafts=setup.num_drafts or 3)
+  return _decoder(setup, drafter, params)
+
+
 def _exit_layer(setup):
   # Without training only late layers agree with the last one.
   return setup.exit_layer or max(1, setup.target.transformer.config.num_layers * 3 // 4)
@@ -183,7 +198,12 @@ _ENTRIES = (
   _Entry(
     'iid-tree', 'a fixed tree of independent draws',
     _static_tree(Candidates.IID), Candidates.IID,
-    (verifiers.specinfer, verifiers.kseq), by_default=False,
+    (verifiers.specinfer, verifiers.kseq, verifiers.optimal()), by_default=False,
+  ),
+  _Entry(
+    'several-drafters', 'two exits, or a draft model and an exit, draft a chain each',
+    _several_drafters, Candidates.SEVERAL_DRAFTERS,
+    (verifiers.specinfer_drafters, verifiers.coupled), by_default=False,
   ),
   _Entry(
     'top-and-one-tree', 'a fixed tree of the likeliest tokens and one draw a node',
