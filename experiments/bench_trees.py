@@ -160,7 +160,7 @@ def render(rows: list[Row], options) -> str:
 
 def main(argv=None) -> int:
   """Measures, prints Markdown and writes `bench_trees.json`."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(description='What growing a dynamic tree costs.')
   parser.add_argument('--model', default=DEFAULT_MODEL)
   parser.add_argument('--num-nodes', type=int, default=64)
   parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 8])
