@@ -10,7 +10,6 @@ copied (code editing). Tables and plots are explained in docs/experiments.md.
 """
 
 from collections.abc import Sequence
-import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +26,7 @@ from rich.table import Table
 
 import decodax
 from experiments import cli
+from experiments import files
 from experiments import measure
 from experiments import report
 from experiments.display import Display
@@ -53,7 +53,8 @@ def _main(argv):
   names = cli.choose_methods(args.methods, args.temperature, has_draft=args.draft is not None)
   names = [PLAIN, *(name for name in names if name != PLAIN)]  # what all are compared with
   prompts = cli.read_prompts(args.prompts, args.num_prompts)
-  with _directory(args.out or report.default_directory(args.model)) as directory:
+  out = args.out or files.default_directory('compare', args.model)
+  with files.results_directory(out) as directory:
     with Display(console) as display:
       comparison = _prepare(args, names, prompts, display)
       interrupt = comparison.run(display)
@@ -65,22 +66,6 @@ def _main(argv):
   if interrupt is not None:
     return cli.exit_code_of(interrupt)
   return int(any(method['num_failed'] for method in results['methods']))
-
-
-@contextlib.contextmanager
-def _directory(path):
-  """Creates the folder for results before anything else can take long; empty, it is not left."""
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise cli.UserError(f'cannot create the folder for results, {path}: {error}') from error
-  if not os.access(path, os.W_OK):
-    raise cli.UserError(f'cannot write to the folder for results, {path}')
-  try:
-    yield path
-  finally:
-    if not any(path.iterdir()):
-      path.rmdir()
 
 
 def _parser():

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import nnx
+import numpy as np
 
 import decodax
+from decodax import controllers
 from decodax import drafters
 from decodax import static_trees
 from decodax import verifiers
+from decodax.controllers import Controller
 from decodax.drafters.expander import Expander
 from decodax.types import Candidates
 from decodax.types import DecodeState
@@ -85,6 +88,25 @@ def _early_exit(setup: Setup) -> Decoder:
   return _decoder(setup, drafters.early_exit(exit_model, num_drafts=setup.num_drafts or 1))
 
 
+def _controlled(make: Callable[[Setup], Controller]) -> Callable[[Setup], Decoder]:
+  """Returns how to build an early exit that drafts as long as a controller lets it."""
+
+  def build(setup):
+    exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
+    num_drafts = setup.num_drafts or _MAX_DRAFTS
+    drafter = drafters.early_exit(exit_model, num_drafts=num_drafts, controller=make(setup))
+    return _decoder(setup, drafter)
+
+  return build
+
+
+def _online(setup):
+  share = _exit_layer(setup) / setup.target.transformer.config.num_layers
+  times = controllers.cost_ratio_times(share, setup.num_drafts or _MAX_DRAFTS)
+  lengths = [n for n in (0, 1, 2, 4) if n < len(times)]
+  return controllers.online(times[np.asarray(lengths)], lengths=lengths)
+
+
 def _draft_model(setup: Setup) -> Decoder:
   draft = _draft_of(setup)
   drafter = drafters.draft_model(as_model(draft), num_drafts=setup.num_drafts or 4)
@@ -105,6 +127,7 @@ def _draft_of(setup: Setup) -> Transformer:
   return draft.transformer
 
 
+_MAX_DRAFTS = 4  # of a controlled early exit
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
 _TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
@@ -180,6 +203,16 @@ _ENTRIES = (
   _Entry(
     'early-exit', 'the first layers draft for all of them', _early_exit,
     Candidates.SAMPLED, _CHAIN_RULES,
+  ),
+  _Entry(
+    'early-exit-confidence', 'early exit, until a draft is unsure (0.6)',
+    _controlled(lambda setup: controllers.confidence()), Candidates.SAMPLED,
+    (verifiers.coupled, verifiers.speculative), by_default=False,
+  ),
+  _Entry(
+    'early-exit-online', 'early exit, while the acceptance learned so far pays',
+    _controlled(_online),
+    Candidates.SAMPLED, (verifiers.coupled, verifiers.speculative), by_default=False,
   ),
   _Entry(
     'draft-model', 'a smaller model with the same vocabulary drafts', _draft_model,
