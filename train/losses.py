@@ -302,7 +302,7 @@ def geometric_weights(num: int, beta: float) -> np.ndarray:
 
 
 def exponential_weights(num: int, gamma: float) -> np.ndarray:
-  """Returns f32[K], exp(-k / gamma) for k = 0..K-1 (DFlash: 4 or 7; its anchor is not among them)."""
+  """Returns f32[K], exp(-k / gamma) for k = 0..K-1 (DFlash: 4 or 7, its anchor not counted)."""
   return np.exp(-np.arange(num) / gamma).astype(np.float32)
 
 
