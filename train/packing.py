@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.registry import load_model
 from models.tokenizer import Tokenizer
+from models.tokenizer import tokenizer_from_directory
 from train.config import DataConfig
+from train.sources import fingerprint
 from train.sources import read_sources
 from train.tape import Batch
 from train.tokenize import Encoded
@@ -157,18 +160,22 @@ def prepare_tokenizer(
   if own is not None:
     return own
   if config.tokenizer:
-    return _named_tokenizer(config.tokenizer)
+    return named_tokenizer(config.tokenizer)
   if not (directory / 'tokenizer.json').exists():
     return train_tokenizer(read_sources(config.sources), config.vocab_size, directory)
-  return _named_tokenizer(str(directory))
+  return named_tokenizer(str(directory))
 
 
-def _named_tokenizer(name):
-  from models.registry import load_model  # reads weights too: only where it must
-  from models.tokenizer import tokenizer_from_directory
+def named_tokenizer(name: str) -> Tokenizer:
+  """Returns the tokenizer of a folder, or of a model by name.
 
+  Raises:
+    ValueError: if the name means nothing.
+    OSError: if it cannot be read.
+  """
   if (pathlib.Path(name) / 'tokenizer.json').exists():
     return tokenizer_from_directory(name)
+  # A known model's tokenizer comes with its weights.
   return load_model(name).tokenizer
 
 
@@ -212,8 +219,6 @@ def load_corpus(directory: pathlib.Path) -> Corpus:
 
 
 def _signature(config, tokenizer, vocab_size):
-  from train.sources import fingerprint
-
   settings = dataclasses.asdict(config)
   settings.pop('directory')
   probe = tokenizer.encode('The quick brown fox: 0123 naïve\n  def f(x):')
@@ -232,9 +237,6 @@ def _write(config, tokenizer, vocab_size, directory, signature):
   _check(examples, vocab_size)
   held_out, rest = _hold_out(examples, config.num_held_out)
   taken = list(_take(rest, config.max_tokens))
-  counts = np.zeros(vocab_size, np.int64)
-  for each in taken:
-    np.add.at(counts, np.asarray(each.tokens)[np.asarray(each.loss_mask, bool)], 1)
   rows = list(pack(taken, config.sequence_length))
   if not rows:
     raise ValueError(
@@ -243,6 +245,7 @@ def _write(config, tokenizer, vocab_size, directory, signature):
   arrays = [np.stack(each) for each in zip(*rows, strict=True)]
   for name, array in zip(('tokens', 'segments', 'loss_mask'), arrays, strict=True):
     np.save(directory / f'{name}.npy', array)
+  counts = np.bincount(arrays[0][arrays[2]], minlength=vocab_size)
   np.save(directory / 'token_counts.npy', counts)
   kept = [
     {'tokens': list(map(int, e.tokens)), 'loss_mask': list(map(bool, e.loss_mask)),

@@ -67,13 +67,13 @@ def start_processes(
     jax.distributed.initialize()
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """Returns the mesh over all devices of all processes.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh over these devices; None is all devices of all processes.
 
   Raises:
     ValueError: if the axes do not multiply to the number of devices.
   """
-  sizes, count = [config.data, config.fsdp, config.tensor], jax.device_count()
+  sizes, count = [config.data, config.fsdp, config.tensor], len(devices or jax.devices())
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(f'mesh axes must be at least 1, or -1 once: {config}')
   known = math.prod(size for size in sizes if size != -1)
@@ -81,7 +81,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     sizes[sizes.index(-1)] = count // known
   if math.prod(sizes) != count:
     raise ValueError(f'the mesh {dict(zip(AXES, sizes, strict=True))} is not {count} devices')
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  types = (jax.sharding.AxisType.Auto,) * 3
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
 
 
 def parameter_shardings(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
 
 
 def train_tokenizer(
-  documents: Iterable[Document], vocab_size: int, directory: pathlib.Path
+  documents: Iterable[Document], vocab_size: int, directory: str | pathlib.Path
 ) -> Tokenizer:
   """Trains a byte-level BPE on documents, writes it as a Hugging Face folder, and returns it.
 
@@ -57,6 +57,7 @@ def train_tokenizer(
     show_progress=False,
   )
   backend.train_from_iterator((_plain_text(each) for each in documents), trainer)
+  directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   backend.save(str(directory / 'tokenizer.json'))
   about = {'eos_token': END_OF_TEXT, 'chat_template': _TEMPLATE}
