@@ -79,8 +79,6 @@ class Objective(NamedTuple):
   """(head, target, batch, rng_key, step) -> another batch of the same shapes, before the tape is
   made: on-policy text. No gradient passes."""
   needs_target: bool = True
-  export: Callable[[Any, Any, pathlib.Path], None] | None = None
-  """(head, target, directory) -> writes the head in a public layout, beside decodax's own."""
 
 
 def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
@@ -90,14 +88,18 @@ def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Object
     ValueError: if there is none of this name, or it has no such option.
   """
   options = options or {}
-  make = _factory(name)
-  known = inspect.signature(make).parameters
+  make, known = _factory(name), option_names(name)
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise ValueError(
       f'objective {name!r} has no option {", ".join(unknown)}; it has {", ".join(known) or "none"}'
     )
   return make(**options)
+
+
+def option_names(name: str) -> list[str]:
+  """Returns the names of an objective's options."""
+  return list(inspect.signature(_factory(name)).parameters)
 
 
 def objective_names() -> list[str]:

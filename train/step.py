@@ -167,7 +167,7 @@ def make_step_fn(
       step=state.step,
       loss=mean,
       gradient_norm=norm,
-      learning_rate=schedule(state.step),
+      learning_rate=jnp.asarray(schedule(state.step)),
       num_supervised=batch.loss_mask.sum(dtype=jnp.float32),
       finite=finite,
       metrics=dict(loss.metrics),
