@@ -4,17 +4,13 @@ A head is a folder with `model.safetensors`, every variable under its dotted nam
 `config.json` that names the objective, its options and the target. A language model is written as a
 Llama folder, with its tokenizer, so that everything that loads targets loads it.
 
-A head goes into the layout of other projects, so that other engines serve it, with
-
-  python -m train.export --head runs/tiny_eagle3/export --layout eagle3 --out DIR
+`train.publish` writes heads in the layouts of other projects.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import json
 import pathlib
 import shutil
-import sys
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -25,9 +21,6 @@ import safetensors
 import safetensors.numpy
 
 from models.config import TransformerConfig
-from models.heads.checkpoints import LAYOUTS
-from models.heads.checkpoints import save_published
-from models.registry import load_model
 from models.transformer import Transformer
 from models.weights import parameter_parts
 from train.objective import Objective
@@ -218,42 +211,3 @@ def _as_stored(value, dtype):
   if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating):
     return value.astype(dtype)
   return value
-
-
-# --- The command ---------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Writes a head in a public layout; returns the exit code: 0, or 2 for what the user can mend."""
-  args = _parser().parse_args(argv)
-  try:
-    facts = json.loads((args.head / 'config.json').read_text(encoding='utf-8'))
-    name = args.target or facts.get('target')
-    if not name:
-      raise ValueError(f'{args.head} does not say which target it is for: give --target')
-    target = load_model(name).transformer
-    head = load_head(args.head, target).head
-    more = {'verifier': name, 'speculative_tokens': args.num_drafts}
-    save_published(
-      args.out, head, target, layout=args.layout, **(more if args.layout == 'speculators' else {})
-    )
-  except (ValueError, OSError) as error:
-    print(f'export: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-  return 0
-
-
-def _parser():
-  parser = argparse.ArgumentParser(
-    prog='python -m train.export', description="Write a trained head in another project's layout."
-  )
-  parser.add_argument('--head', required=True, type=pathlib.Path, metavar='DIR')
-  parser.add_argument('--layout', required=True, choices=LAYOUTS)
-  parser.add_argument('--out', required=True, type=pathlib.Path, metavar='DIR')
-  parser.add_argument('--target', metavar='NAME|DIR', help='default: the one it was trained for')
-  parser.add_argument('--num-drafts', type=int, default=4, help='told to vLLM (default 4)')
-  return parser
-
-
-if __name__ == '__main__':
-  sys.exit(main())
