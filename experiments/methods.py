@@ -23,7 +23,6 @@ from decodax.types import Model
 from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
-from experiments import heads
 from models.adapter import as_model
 from models.heads import head_expander
 from models.heads import head_taps
@@ -41,7 +40,6 @@ class Setup(NamedTuple):
   draft: LoadedModel | None = None
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
-  head: heads.Head | None = None
   head: LoadedHead | None = None  # trained for the target
 
 
@@ -67,7 +65,6 @@ class Method(NamedTuple):
   candidates: Candidates  # what its drafter proposes
   verifier: Verifier
   needs_draft: bool = False  # weights of a draft model
-  needs_head: bool = False  # a trained head
   needs_head: bool = False  # a head trained for the target
   by_default: bool = True  # does it run when no method is named?
 
@@ -167,29 +164,6 @@ def _several_drafters(setup: Setup) -> Decoder:
   expanders, params = zip(*models, strict=True)
   drafter = drafters.several_chains(expanders, num_drafts=setup.num_drafts or 3)
   return _decoder(setup, drafter, params)
-
-
-def _head(setup: Setup) -> Decoder:
-  transformer = setup.target.transformer
-  drafting = heads.chain(_head_of(setup), transformer, setup.num_drafts)
-  return Decoder(as_model(transformer, taps=drafting.taps), drafting.drafter, drafting.params)
-
-
-def _head_tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
-  """Returns how to build a tree drafter around a trained head."""
-
-  def build(setup):
-    transformer = setup.target.transformer
-    expander, params, taps = heads.expander(_head_of(setup), transformer)
-    return Decoder(as_model(transformer, taps=taps), make(expander), params)
-
-  return build
-
-
-def _head_of(setup: Setup) -> heads.Head:
-  if setup.head is None:
-    raise ValueError('this method needs a trained head: give --head')
-  return setup.head
 
 
 def _exit_layer(setup):
