@@ -49,8 +49,8 @@ def jacobi(
     num_drafts: D; the window that is read is one token wider.
     guess_fn: fills places that no forward pass has filled, see `guesses`; default `random_prompt`.
     exit_after: i32[] or i32[B], marks as trusted every draft that has come out of so many forward
-      passes, so that `trusting` emits it even if it would still change; may be traced. From D on,
-      nothing is emitted that would. None: no draft is trusted.
+      passes, so that `trusting` emits it even if it would still change; may be traced. Above D none
+      would. None: no draft is trusted.
 
   Raises:
     ValueError: if num_drafts < 1 or exit_after < 1.

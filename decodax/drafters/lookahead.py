@@ -72,7 +72,7 @@ def lookahead(
     )
   levels = ngram - 1
   num_nodes = 1 + num_ngrams * levels
-  depths, sees, top = _window_layout(levels, window)
+  depths, sees, top = window_layout(levels, window)
 
   def init(params, request, capacity):
     del params, capacity
@@ -130,7 +130,7 @@ def lookahead(
   )
 
 
-def _window_layout(levels, window):
+def window_layout(levels, window):
   """Returns the window without its root, level by level.
 
   They are (depths i32[M], which of root and window each node sees bool[M, 1 + M], the nodes of the
