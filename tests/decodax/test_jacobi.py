@@ -6,6 +6,7 @@ a method takes is compared with `jacobi_reference`, which runs it in plain Pytho
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -245,7 +246,7 @@ def test_what_is_settled_is_committed_once():
 
   drafter = drafters.jacobi(num_drafts=3)
   request = decodax.make_request(_PROMPTS, max_new_tokens=8, vocab_size=_V, capacity=32)
-  options = dict(model=_MODEL._replace(extend=extend), drafter=drafter)
+  options: dict[str, Any] = dict(model=_MODEL._replace(extend=extend), drafter=drafter)
   params = decodax.Params(jnp.asarray(_TABLE, jnp.float32))
   state = decodax.prefill(params, decodax.init_state(params, request, **options), **options)
   step = Compiled(decodax.make_step_fn(verifier=verifiers.greedy, **options))
@@ -268,7 +269,7 @@ def test_lookahead_is_its_definition(window, ngram, num_ngrams, from_text):
   )
   request = decodax.make_request(_PROMPTS, max_new_tokens=_NUM_NEW, vocab_size=_V, capacity=64)
   params = decodax.Params(jnp.asarray(_TABLE, jnp.float32))
-  options = dict(model=_MODEL, drafter=drafter)
+  options: dict[str, Any] = dict(model=_MODEL, drafter=drafter)
 
   def decode(params, request):
     start = decodax.init_state(params, request, **options)
@@ -323,7 +324,7 @@ def test_ngrams_share_the_nodes_of_a_common_beginning():
   assert np.asarray(tree.valid).sum(-1).tolist() == [1 + 3 + 1 + 2 + 3, 1 + 3 + 1 + 2]
   for row in range(2):
     tokens, parents = np.asarray(tree.tokens)[row], np.asarray(tree.parents)[row]
-    paths = {0: ()}
+    paths: dict[int, tuple[int, ...]] = {0: ()}
     for node in range(1, int(tree.valid[row].sum())):
       assert parents[node] < node
       paths[node] = (*paths[parents[node]], int(tokens[node]))

@@ -8,7 +8,7 @@ Axes: `R` rows, one for each history of decisions, `D` drafts, `V` vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def _enumerated_law(monkeypatch, drafter, rule, *, length, target=_TARGET):
   request = decodax.make_request(
     [CONTEXT], max_new_tokens=30, vocab_size=V, temperature=1.0, capacity=64
   )
-  options = dict(model=table_model(V), drafter=drafter)
+  options: dict[str, Any] = dict(model=table_model(V), drafter=drafter)
   params = decodax.Params(jnp.asarray(target))
   state = decodax.prefill(params, decodax.init_state(params, request, **options), **options)
   histories = _Histories(state._replace(rng_keys=jnp.zeros((1,))), np.ones(1))

@@ -2,11 +2,13 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from decodax.trees import chain_proposal
+from decodax.types import Proposal
 from decodax.verifiers import near_best
 from decodax.verifiers import trusting
 from tests.decodax.verifiers.chains import CASES
@@ -33,8 +35,12 @@ def _logits(p, tokens):
     return jnp.log(jnp.asarray(p[tokens[:, :-1], tokens[:, 1:]]))
 
 
+def _row(proposal, row) -> Proposal:
+  return jax.tree.map(lambda a: a[row : row + 1], proposal)
+
+
 def _law_of(rule, proposal, logits, row, p, num_drafts):
-  one = type(proposal)(*(None if a is None else a[row : row + 1] for a in proposal))
+  one = _row(proposal, row)
   outcome = enumerate_verdicts(rule, one, logits[row : row + 1], max_depth=num_drafts)
   return output_law(outcome, np.ones(1), p, CONTEXT, num_drafts + 1)
 
@@ -59,7 +65,7 @@ def test_trusted_drafts_are_certain(trusted):
     drafts = tokens[row, 2:].tolist()
     expected = np.zeros((V,) * 3)
     for text in itertools.product(range(V), repeat=3):
-      chance, history, on_path = 1.0, list(CONTEXT), True
+      chance, history, on_path = 1.0, [*map(int, CONTEXT)], True
       for depth, token in enumerate(text):
         if depth < 2 and on_path and trusted[depth]:
           chance *= token == drafts[depth]
@@ -110,7 +116,7 @@ def test_near_best_is_its_definition(top, gap):
       evidence = _Evidence(jnp.broadcast_to(logits[row], target_logits.shape))
       return rule.verify(keys, proposal, target_logits, max_depth=max_depth, evidence=evidence)
 
-    one = type(proposal)(*(None if a is None else a[row : row + 1] for a in proposal))
+    one = _row(proposal, row)
     outcome = enumerate_verdicts(verify, one, warped[row : row + 1], max_depth=2)
     emitted = [token for token in outcome.tokens[0].tolist() if token >= 0]
     assert outcome.weight.tolist() == [1.0]
