@@ -155,14 +155,13 @@ def _input_guided(setup: Setup) -> Decoder:
 
 
 def _masked_draft(setup: Setup) -> Decoder:
-  _check_draft(setup)
-  transformer = setup.draft.transformer
+  draft = _draft_of(setup)
   drafter = drafters.masked_draft(
-    drafters.model_expander(as_model(transformer)),
-    mask_id=_blank_id(setup.draft),
+    drafters.model_expander(as_model(draft)),
+    mask_id=_blank_id(setup.target),
     num_drafts=setup.num_drafts or 7,
   )
-  return _decoder(setup, drafter, nnx.state(transformer))
+  return _decoder(setup, drafter, nnx.state(draft))
 
 
 def _blank_id(loaded):
