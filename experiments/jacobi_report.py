@@ -38,7 +38,7 @@ from experiments.methods import Setup
 _EDITING = cli.PROMPTS_DIRECTORY / 'editing.jsonl'
 _CATEGORIES = ('chat', 'code-writing', 'code-editing', 'summarising')
 _METHODS = ('plain', 'ngram', 'jacobi', 'jacobi-ngram', 'lookahead', 'iad')
-_WINDOWS, _NGRAMS = (1, 3, 5, 8, 12), (3, 4, 5, 6)
+_WINDOWS, _NGRAMS = (1, 3, 5, 8), (3, 4, 5)
 _COPIED = 0.8  # from this fraction of copied tokens on, an output mostly copies
 
 
@@ -217,7 +217,7 @@ def _source_span(tokenizer, ids, text):
 def _sweep(args, setup):
   """Counts calls over windows and n-gram lengths of lookahead; draws a heat map."""
   tokenizer = setup.target.tokenizer
-  prompts = [cli.encode_prompt(tokenizer, p.text) for p in _some_of_each(min(2, args.num_prompts))]
+  prompts = [cli.encode_prompt(tokenizer, p.text) for p in _some_of_each(1)]
   count = functools.partial(count_calls, setup, prompts, max_new_tokens=args.max_new_tokens)
   rates = {}
   for from_text in (False, True):

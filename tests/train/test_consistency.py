@@ -182,10 +182,10 @@ def test_settled_states_lose_nothing(target, kind):
   settled = batch._replace(tokens=jnp.asarray(tokens))
   objective = consistency.make_objective(window=_N, loss=kind)
   key = jax.random.key(0)
-  loss = objective.loss(target, target, make_tape(target, settled), key, 0)
+  loss = objective.loss(target, target, make_tape(target, settled), key, jnp.int32(0))
   assert float(loss.metrics['consistency'].total) == 0
   assert float(loss.metrics['next_token'].total) > 0
-  unsettled = objective.loss(target, target, make_tape(target, batch), key, 0)
+  unsettled = objective.loss(target, target, make_tape(target, batch), key, jnp.int32(0))
   assert float(unsettled.metrics['consistency'].total) > 1e-3
   assert float(unsettled.weight) == float(loss.weight)
 
@@ -213,7 +213,9 @@ def test_the_gradient_reaches_states_and_not_their_goals(target):
 
   def total(params):
     head = nnx.merge(graph, params)
-    return objective.loss(head, target, make_tape(target, batch), jax.random.key(0), 0).total
+    return objective.loss(
+      head, target, make_tape(target, batch), jax.random.key(0), jnp.int32(0)
+    ).total
 
   gradient = jax.grad(total)(params)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))

@@ -81,7 +81,9 @@ def test_a_step_down_the_gradient_lowers_the_loss():
   tape = make_tape(target, _batch())
 
   def total(params):
-    return objective.loss(nnx.merge(graph, params), target, tape, jax.random.key(0), 0).total
+    return objective.loss(
+      nnx.merge(graph, params), target, tape, jax.random.key(0), jnp.int32(0)
+    ).total
 
   gradient = jax.grad(total)(params)
   step = jax.tree.map(lambda p, g: p - 1e-2 * g, params, gradient)

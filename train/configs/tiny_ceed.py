@@ -18,5 +18,5 @@ def get_config() -> TrainConfig:
     sources=('runs/tiny_ceed.jsonl',),
     window=16,
     demonstration=True,
-    max_error=300,
+    max_error=300.0,
   )

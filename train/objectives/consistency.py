@@ -43,7 +43,7 @@ def make_objective(
   loss: str = 'global',
   temperature: float = 1.0,
   demonstration: bool = False,
-  max_error: int = 0,
+  max_error: float = 0,
 ) -> Objective:
   """Returns the consistency loss with a next-token loss beside it.
 
@@ -181,7 +181,7 @@ def wrong_from(tokens: jax.Array, layout: Layout, window: int) -> jax.Array:
 
 
 def next_labels(
-  tokens: jax.Array, layout: Layout, window: int, parts: int, max_error: int
+  tokens: jax.Array, layout: Layout, window: int, parts: int, max_error: float
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (i32[B, T] the next token of the text, f32[B, T] 1 where a window's token is next).
 

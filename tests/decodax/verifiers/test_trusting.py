@@ -54,7 +54,7 @@ def test_without_trust_it_is_lossless(case):
     np.testing.assert_allclose(law, sequence_law(p, CONTEXT, 3), atol=1e-12)
 
 
-@pytest.mark.parametrize('trusted', itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize('trusted', list(itertools.product([False, True], repeat=2)))
 def test_trusted_drafts_are_certain(trusted):
   p, _ = CASES['random']
   proposal, tokens = _proposals(2)
