@@ -145,6 +145,52 @@ def _draft_of(setup: Setup) -> Transformer:
   return draft.transformer
 
 
+def _jacobi(**options) -> Callable[[Setup], Decoder]:
+  def build(setup):
+    return _decoder(setup, drafters.jacobi(num_drafts=setup.num_drafts or 7, **options))
+
+  return build
+
+
+def _lookahead(setup: Setup) -> Decoder:
+  return _decoder(setup, drafters.lookahead(window=5, ngram=(setup.num_drafts or 3) + 1))
+
+
+def _sjd(redraw: str) -> Callable[[Setup], Decoder]:
+  def build(setup):
+    vocab_size = setup.target.transformer.config.vocab_size
+    num_drafts = setup.num_drafts or 7
+    drafter = drafters.sjd(vocab_size=vocab_size, num_drafts=num_drafts, redraw=redraw)
+    return _decoder(setup, drafter)
+
+  return build
+
+
+def _lexical_units(setup: Setup) -> Decoder:
+  pad_id = _blank_id(setup.target)
+  drafter = drafters.lexical_units(pad_id=pad_id, num_drafts=setup.num_drafts or 3)
+  return _decoder(setup, drafter)
+
+
+def _input_guided(setup: Setup) -> Decoder:
+  return _decoder(setup, drafters.input_guided(num_drafts=setup.num_drafts or 15))
+
+
+def _masked_draft(setup: Setup) -> Decoder:
+  draft = _draft_of(setup)
+  drafter = drafters.masked_draft(
+    drafters.model_expander(as_model(draft)),
+    mask_id=_blank_id(setup.target),
+    num_drafts=setup.num_drafts or 7,
+  )
+  return _decoder(setup, drafter, nnx.state(draft))
+
+
+def _blank_id(loaded):
+  """Returns the token that stands for one to be filled in: the stop id, which no text contains."""
+  return loaded.eos_ids[0] if loaded.eos_ids else 0
+
+
 _MAX_DRAFTS = 4  # of a controlled early exit
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
@@ -283,6 +329,45 @@ _ENTRIES = (
     'beam-tree', 'a stochastic beam of whole continuations (RSD-S)',
     _tree(lambda e: drafters.stochastic_beam_tree(e, beam_width=3, max_depth=3, num_nodes=8)),
     Candidates.COMPETING, (verifiers.without_replacement, verifiers.coupled), by_default=False,
+  ),
+  _Entry(
+    'jacobi', 'iterates on a window of guesses until they stop changing', _jacobi(),
+    Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'jacobi-ngram', 'as jacobi, but guesses what followed the last tokens before',
+    _jacobi(guess_fn=drafters.guesses.ngram()), Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'jacobi-early-exit', 'as jacobi, but emits guesses after three iterations, settled or not',
+    _jacobi(exit_after=3), Candidates.DETERMINISTIC, (verifiers.trusting,), by_default=False,
+  ),
+  _Entry(
+    'lookahead', 'collects n-grams in a Jacobi window and tries them in the same call', _lookahead,
+    Candidates.DETERMINISTIC, (verifiers.coupled, verifiers.sample_and_match), by_default=False,
+  ),
+  _Entry(
+    'sjd', 'Jacobi iteration on draws and their laws, draws kept where possible', _sjd('coupled'),
+    Candidates.CARRIED, (verifiers.speculative, verifiers.coupled), by_default=False,
+  ),
+  _Entry(
+    'sjd-fresh', 'Jacobi iteration on draws and their laws, drawn anew each round', _sjd('fresh'),
+    Candidates.SAMPLED, (verifiers.speculative, verifiers.coupled, verifiers.block),
+    by_default=False,
+  ),
+  _Entry(
+    'lud', 'emits what the target is confident of behind padding (for a target trained to that)',
+    _lexical_units, Candidates.DETERMINISTIC, (verifiers.trusting, verifiers.coupled),
+    by_default=False,
+  ),
+  _Entry(
+    'iad', 'copies the prompt on, and finds back to it after changes', _input_guided,
+    Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'gad', 'a masked language model fills all drafts at once', _masked_draft, Candidates.SAMPLED,
+    (verifiers.coupled, verifiers.speculative, verifiers.near_best()), needs_draft=True,
+    by_default=False,
   ),
 )  # fmt: skip
 

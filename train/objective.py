@@ -79,6 +79,7 @@ class Objective(NamedTuple):
   """(head, target, batch, rng_key, step) -> another batch of the same shapes, before the tape is
   made: on-policy text. No gradient passes."""
   needs_target: bool = True
+  is_target: bool = False  # the head is a target tuned: it is exported as a model
 
 
 def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:

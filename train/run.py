@@ -283,7 +283,7 @@ class Run:
   def _export(self, head, step):
     facts = {**self._facts(), 'step': step}
     directory = self.workdir / 'export'
-    if not self.objective.needs_target:
+    if not self.objective.needs_target or self.objective.is_target:
       export.save_language_model(
         directory, head, tokenizer_directory=self._tokenizer_directory(), facts={'decodax': facts}
       )
@@ -294,7 +294,7 @@ class Run:
 
   def _tokenizer_directory(self):
     own = self.workdir / 'tokenizer'
-    return own if own.exists() else pathlib.Path(self.config.data.tokenizer)
+    return own if own.exists() else pathlib.Path(self.config.data.tokenizer or self.config.target)
 
   def _facts(self):
     source = None if self.loaded is None else self.loaded.source.get('sha256')

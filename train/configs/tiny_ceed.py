@@ -1,0 +1,22 @@
+"""As `tiny_cllm`, where the data know better than the target: mixed labels (CEED-VLA).
+
+  python -m train.trajectories --model runs/tiny_target/export --data stdlib pydoc \
+    --num 6000 --num-windows 1 --labels demonstration --out runs/tiny_ceed.jsonl
+  python -m train.main --config tiny_ceed --workdir runs/tiny_ceed
+
+Expect RESULT.
+"""
+
+from train.config import TrainConfig
+from train.configs._own import own_config
+
+
+def get_config() -> TrainConfig:
+  """Returns the configuration."""
+  return own_config(
+    'consistency',
+    sources=('runs/tiny_ceed.jsonl',),
+    window=16,
+    demonstration=True,
+    max_error=300.0,
+  )

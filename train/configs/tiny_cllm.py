@@ -1,0 +1,16 @@
+"""A target tuned so that Jacobi decoding takes fewer calls (CLLM).
+
+  python -m train.trajectories --model runs/tiny_target/export --data stdlib pydoc \
+    --num 2000 --out runs/tiny_cllm.jsonl
+  python -m train.main --config tiny_cllm --workdir runs/tiny_cllm
+
+Expect RESULT.
+"""
+
+from train.config import TrainConfig
+from train.configs._own import own_config
+
+
+def get_config() -> TrainConfig:
+  """Returns the configuration."""
+  return own_config('consistency', sources=('runs/tiny_cllm.jsonl',), window=16)

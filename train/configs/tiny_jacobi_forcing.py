@@ -1,0 +1,18 @@
+"""As `tiny_cllm`, with unsettled windows in front of a window (Jacobi Forcing).
+
+  python -m train.trajectories --model runs/tiny_target/export --data stdlib pydoc \
+    --num 2000 --choose progressive --noise-windows 4 --out runs/tiny_jacobi_forcing.jsonl
+  python -m train.main --config tiny_jacobi_forcing --workdir runs/tiny_jacobi_forcing
+
+Expect RESULT.
+"""
+
+from train.config import TrainConfig
+from train.configs._own import own_config
+
+
+def get_config() -> TrainConfig:
+  """Returns the configuration."""
+  return own_config(
+    'consistency', sources=('runs/tiny_jacobi_forcing.jsonl',), window=16, noise_windows=4
+  )
