@@ -1,5 +1,6 @@
 """decodax: decoding faster than one token per forward pass, as pure functions in JAX."""
 
+from decodax import diffusion
 from decodax import drafters
 from decodax import kv_cache
 from decodax import noise
@@ -57,6 +58,7 @@ __all__ = [
   'Verifier',
   'check_compatible',
   'decode',
+  'diffusion',
   'drafters',
   'finish',
   'generate',
