@@ -1,9 +1,9 @@
 """FreeDave: the static sampler's own output in fewer forwards, with no second model.
 
 One forward at a state predicts every masked slot. From it d candidates are made: what the static
-sampler would have after 1, 2, ..., d more steps if its predictions stayed as they are. All d are run
-through the network at once, and what each one predicts says what the static sampler does next from
-there. Candidate i + 1 is accepted if it is just that, seen from candidate i.
+sampler would have after 1, 2, ..., d more steps if its predictions stayed as they are. All d are
+run at once, and what each one predicts says what the static sampler does next from there. Candidate
+i + 1 is accepted if it is just that, seen from candidate i.
 
 Axes: `B` batch, `C` candidates, `W` window slots, `V` vocabulary.
 """
@@ -53,8 +53,8 @@ def free_draft(
   """Returns what `denoise` returns for the policy `llada(num_steps, score)`, in fewer forwards.
 
   **Lossless (token-identical)** to that static sampler at temperature 0, up to ties that the
-  network's rounding decides, at any number of drafts. Every forward but the first of a block does at
-  least one static step, and a block never takes more forwards than the static sampler's.
+  network's rounding decides, at any number of drafts. Every forward but a block's first does at
+  least one static step, so a block never takes more forwards than the static sampler's.
   `committed_at` counts static steps, not forwards, and so is the static sampler's too.
 
   Args:
@@ -101,8 +101,8 @@ def _make_step(num_steps, num_drafts, score):
   def step(params: Params, state: DenoiseState, *, setup: loop.Setup) -> DenoiseState:
     if setup.cache.branch is None or setup.blocks.end is not None:
       raise ValueError(
-        f'free drafting takes blocks of fixed size, and no cache or the exact one of a block-causal '
-        f'network: {setup.cache.name=}'
+        f'free drafting takes blocks of fixed size, and no cache or the exact one of a '
+        f'block-causal network: {setup.cache.name=}'
       )
     live = state.result == Result.RUNNING
     drafts: _Drafts = state.policy

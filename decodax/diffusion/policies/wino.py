@@ -28,8 +28,8 @@ def wino(
 
   Each forward runs a shadow of the window beside it: masks that see everything but the slot they
   stand for. What a shadow gives to the token in its slot is the second opinion on it. A step that
-  fills a single slot reopens none, and a step reopens fewer slots than the one before filled, so the
-  block gets filled. At most 0.7 of the masks, held within `fewest` and `most`, are filled.
+  fills a single slot reopens none, and a step reopens fewer slots than the one before filled, so
+  the block gets filled. At most 0.7 of the masks, held within `fewest` and `most`, are filled.
 
   Lossy (what is kept passed a threshold, not the law). A block takes at most twice its slots in
   forwards; then what is left is filled as it is.
