@@ -1,5 +1,7 @@
 """Masked diffusion: one denoising loop, policies, block rules and caches to put into it."""
 
+from decodax.diffusion import automata
+from decodax.diffusion import grammars
 from decodax.diffusion import policies
 from decodax.diffusion.blocks import adaptive_blocks
 from decodax.diffusion.blocks import fixed_blocks
@@ -10,6 +12,7 @@ from decodax.diffusion.caches import delayed_cache
 from decodax.diffusion.caches import dual_cache
 from decodax.diffusion.caches import no_cache
 from decodax.diffusion.caches import prefix_cache
+from decodax.diffusion.constraints import constrained
 from decodax.diffusion.free_draft import free_draft
 from decodax.diffusion.loop import Setup
 from decodax.diffusion.loop import denoise
@@ -40,13 +43,16 @@ __all__ = [
   'View',
   'adaptive_blocks',
   'audited',
+  'automata',
   'block_causal_cache',
+  'constrained',
   'delayed_cache',
   'denoise',
   'denoise_step',
   'dual_cache',
   'fixed_blocks',
   'free_draft',
+  'grammars',
   'no_cache',
   'policies',
   'prefix_cache',

@@ -226,6 +226,11 @@ def denoise_step(params: Params, state: DenoiseState, *, setup: Setup) -> Denois
     ),
     result=jnp.where(live & ~finite, int(Result.NON_FINITE), state.result),
   )
+  if selection.failed is not None:
+    failed = keep & selection.failed
+    keep = keep & ~failed
+    result = jnp.where(failed, int(Result.UNSATISFIABLE), state.result)
+    state = state._replace(result=result.astype(jnp.int32))
   commit, revoke = commit & keep[:, None], revoke & keep[:, None]
   return write_and_advance(state, view, commit, tokens, revoke, hold, setup)
 
@@ -299,7 +304,8 @@ def make_view(state: DenoiseState, logits, shadow, setup: Setup) -> View:
   """Returns what the policy sees, its candidates drawn by the row's sampling values."""
   view = make_slots(state, setup)
   summary = summarize(logits)
-  laws, candidates = _draw(logits, summary, view.keys, state)
+  laws = _laws(logits, state)
+  candidates = draw_tokens(laws, view, summary.best)
   return view._replace(
     candidates=candidates,
     confidence=probability_of(logits, summary, candidates),
@@ -330,29 +336,46 @@ def make_slots(state: DenoiseState, setup: Setup) -> View:
     laws=nothing,
     step=state.block_step,
     num_masks=state.num_masks,
+    greedy=state.sampling.temperature == 0,
+    sequence=state.tokens,
+    canvas_start=state.prompt_length,
+    canvas_end=state.length,
     mask_id=setup.net.mask_id,
     keys=StepKeys(state.rng_keys, state.step),
   )
 
 
-def _draw(logits, summary, keys, state):
-  """Returns (logits of the laws f32[B, W, V], a token drawn from each i32[B, W])."""
+def _laws(logits, state):
+  """Returns logits f32[B, W, V] of the laws that the row's sampling values make of these."""
   sampling = state.sampling
   greedy = sampling.temperature == 0
-  live = state.result == Result.RUNNING
   warped = sampling._replace(temperature=jnp.where(greedy, 1, sampling.temperature))
   filtered = any(rule is not None for rule in (sampling.top_k, sampling.top_p, sampling.min_p))
+  if filtered:
+    return sampling_lib.warp(logits, warped)
+  live = state.result == Result.RUNNING
+  return lax.cond(
+    sampling_lib.any_sampled(sampling, live),
+    lambda: sampling_lib.warp(logits, warped),
+    lambda: logits,
+  )
+
+
+def draw_tokens(laws: jax.Array, view: View, best: jax.Array | None = None) -> jax.Array:
+  """Returns i32[B, W], a token from each of the laws f32[B, W, V]; the best one in greedy rows.
+
+  Args:
+    laws: logits.
+    view: says which rows are greedy, and has the random numbers.
+    best: i32[B, W], the most probable tokens, if they are known.
+  """
+  best = sampling_lib.argmax(laws) if best is None else best
 
   def sampled():
-    laws = sampling_lib.warp(logits, warped)
-    gumbel = keys.gumbel(logits.shape[1:], Purpose.TOKEN)
-    noisy = sampling_lib.argmax(laws + jnp.where(greedy[:, None, None], 0, gumbel))
-    return laws, jnp.where(greedy[:, None], summary.best, noisy)
+    gumbel = view.keys.gumbel(laws.shape[1:], Purpose.TOKEN)
+    return jnp.where(view.greedy[:, None], best, sampling_lib.argmax(laws + gumbel))
 
-  def best():
-    return (sampling_lib.warp(logits, warped) if filtered else logits), summary.best
-
-  return lax.cond(sampling_lib.any_sampled(sampling, live), sampled, best)
+  return lax.cond(jnp.all(view.greedy), lambda: best, sampled)
 
 
 # --- Writing, and moving on -----------------------------------------------------------------------

@@ -63,6 +63,10 @@ class View(NamedTuple):
   laws: jax.Array  # f32[B, W, V] logits of the laws that candidates are drawn from
   step: jax.Array  # i32[B] forwards spent on this block before this one
   num_masks: jax.Array  # i32[B] masks of the block when it was entered
+  greedy: jax.Array  # bool[B] rows at temperature 0
+  sequence: jax.Array  # i32[B, L] the whole row
+  canvas_start: jax.Array  # i32[B] where the row's prompt ends
+  canvas_end: jax.Array  # i32[B]
   mask_id: int
   keys: StepKeys  # fresh random numbers of this step
   shadow: jax.Array | None = None  # f32[B, W, V] leave-one-out logits, if the policy wants them
@@ -77,6 +81,7 @@ class Selection(NamedTuple):
   tokens: jax.Array | None = None  # i32[B, W] which tokens; None: the candidates
   revoke: jax.Array | None = None  # bool[B, W] editable slots that become MASK again
   hold: jax.Array | None = None  # bool[B] stay in the block even if no mask is left
+  failed: jax.Array | None = None  # bool[B] rows that end here, `Result.UNSATISFIABLE`
 
 
 def _one_by_one(width: int) -> int:
@@ -198,6 +203,6 @@ class DenoiseResult(NamedTuple):
   length: jax.Array  # i32[B]
   prompt_length: jax.Array  # i32[B]
   committed_at: jax.Array  # i32[B, L] the forward, from 0, that wrote each slot; else -1
-  result: jax.Array  # i32[B] EOS, LENGTH or NON_FINITE; after the last a row may hold MASK
+  result: jax.Array  # i32[B] EOS or LENGTH; after NON_FINITE and UNSATISFIABLE MASKs are left
   stats: DenoiseStats
   cache: PyTree = ()  # what the cache rule reports

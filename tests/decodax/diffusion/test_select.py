@@ -167,7 +167,7 @@ def test_credit_adds_up_and_fades():
     for row in range(ROWS):
       slots = np.flatnonzero(view.eligible[row])
       chance = fused[row].max(-1)
-      wanted = {s for s in slots if chance[s] >= tau} | {slots[chance[slots].argmax()]}
+      wanted = {int(s) for s in slots if chance[s] >= tau} | {int(slots[chance[slots].argmax()])}
       assert set(np.flatnonzero(selection.commit[row])) == wanted
       np.testing.assert_array_equal(
         np.asarray(selection.tokens)[row, slots], fused[row, slots].argmax(-1)
@@ -206,6 +206,7 @@ def test_wino_reopens_less_than_it_filled():
     before = np.array([1, 2, 3, 30])
     selection = policy.select((), jnp.asarray(before), view)
     opinion = laws_of(view.shadow)
+    assert selection.revoke is not None
     for row in range(ROWS):
       slots, confidence, _ = row_of(view, row)
       sure = [s for s in slots if confidence[s] > 0.4] or slots[:1]
