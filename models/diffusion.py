@@ -62,7 +62,7 @@ def load_diffusion(
   Args:
     directory: with `config.json`, a tokenizer and safetensors.
     mask_id: default `mask_token_id` of the configuration.
-    shifted: default what the family does.
+    shifted: default `shifted` of the configuration, or else what the family does.
     block_size: of a block-causal model; default `block_size` of the configuration.
     dtype: of parameters, activations and cache; None is float32 on CPU, bfloat16 elsewhere.
     progress: called with the name of each stage.
@@ -74,9 +74,11 @@ def load_diffusion(
   loaded = load_hf(directory, dtype=dtype, progress=progress)
   config: Mapping[str, Any] = read_json(pathlib.Path(directory) / 'config.json')
   family = config['model_type']
-  mask_id = config.get('mask_token_id') if mask_id is None else mask_id
+  if mask_id is None:
+    mask_id = config.get('mask_token_id')
   if mask_id is None:
     raise ValueError(f'{directory}: config.json has no mask_token_id; pass mask_id')
+  shifted = config.get('shifted') if shifted is None else shifted
   if shifted is None:
     if family not in SHIFTED:
       raise ValueError(

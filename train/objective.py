@@ -79,6 +79,8 @@ class Objective(NamedTuple):
   """(head, target, batch, rng_key, step) -> another batch of the same shapes, before the tape is
   made: on-policy text. No gradient passes."""
   needs_target: bool = True
+  describe: Callable[[Any], Mapping[str, Any]] | None = None
+  """(model) -> what the config.json of an exported model without a target is to say besides."""
   export: Callable[[Any, Any, pathlib.Path], None] | None = None
   """(head, target, directory) -> writes the head in a public layout, beside decodax's own."""
 

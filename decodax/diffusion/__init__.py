@@ -2,6 +2,7 @@
 
 from decodax.diffusion import automata
 from decodax.diffusion import grammars
+from decodax.diffusion import limits
 from decodax.diffusion import policies
 from decodax.diffusion.blocks import adaptive_blocks
 from decodax.diffusion.blocks import fixed_blocks
@@ -53,6 +54,7 @@ __all__ = [
   'fixed_blocks',
   'free_draft',
   'grammars',
+  'limits',
   'no_cache',
   'policies',
   'prefix_cache',

@@ -11,9 +11,11 @@ from decodax.diffusion.policies.factor import factor
 from decodax.diffusion.policies.hierarchy import hierarchy
 from decodax.diffusion.policies.klass import klass
 from decodax.diffusion.policies.learned_filter import Filter
+from decodax.diffusion.policies.learned_filter import Observed
 from decodax.diffusion.policies.learned_filter import filter_logits
 from decodax.diffusion.policies.learned_filter import init_filter
 from decodax.diffusion.policies.learned_filter import learned_filter
+from decodax.diffusion.policies.learned_filter import oracle
 from decodax.diffusion.policies.llada import llada
 from decodax.diffusion.policies.local_leap import local_leap
 from decodax.diffusion.policies.maskgit import maskgit
@@ -24,6 +26,7 @@ from decodax.diffusion.policies.wino import wino
 
 __all__ = [
   'Filter',
+  'Observed',
   'ancestral',
   'credit',
   'dimple',
@@ -41,6 +44,7 @@ __all__ = [
   'llada',
   'local_leap',
   'maskgit',
+  'oracle',
   'remdm',
   'threshold',
   'wino',

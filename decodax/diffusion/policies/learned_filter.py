@@ -39,6 +39,43 @@ def filter_logits(params: Filter, confidence: jax.Array) -> jax.Array:
   return hidden @ params.outer + params.outer_bias[None]
 
 
+class Observed(NamedTuple):
+  """What an oracle saw and did in its last step."""
+
+  confidence: jax.Array  # f32[B, W]
+  right: jax.Array  # bool[B, W] is the candidate the final token?
+  eligible: jax.Array  # bool[B, W]
+
+
+def oracle() -> Policy:
+  """Returns the policy that fills exactly the slots whose candidate is already the final token.
+
+  `Params.policy` is the final sequence, i32[B, L]. Where no candidate is right, the most confident
+  slot is filled with its final token. It cannot be used without knowing the answer: it is the bound
+  that learned filters strive for, and what they are trained on. Its state tells what it saw.
+
+  Reproduces the final sequence.
+
+  Source: Learn2PD, arXiv:2509.25188, section 3 (extremely greedy parallel decoding).
+  """
+
+  def init(batch_size, width, vocab_size):
+    del vocab_size
+    none = jnp.zeros((batch_size, width), bool)
+    return Observed(jnp.zeros((batch_size, width)), none, none)
+
+  def select(params, state, view: View) -> Selection:
+    del state
+    last = params.shape[1] - 1
+    final = jnp.take_along_axis(params, jnp.minimum(view.positions, last), axis=1)
+    right = view.candidates == final
+    seen = Observed(view.confidence, right, view.eligible)
+    commit = or_best(right & view.eligible, view.confidence, view.eligible)
+    return Selection(commit, seen, tokens=final)
+
+  return Policy('oracle', 'reproduces the final sequence', init, select)
+
+
 def learned_filter(tau: float | jax.Array = 0.96) -> Policy:
   """Returns the policy that fills the slots a `Filter` holds for final with at least `tau`.
 
