@@ -13,8 +13,10 @@ from decodax.diffusion.policies import Filter
 from decodax.types import Request
 from models.diffusion import LoadedDiffusion
 from models.diffusion import load_diffusion
+from models.hf import load_hf
 from train import list_tasks
 from train.config import load_config
+from train.export import load_head
 from train.list_tasks import Example
 
 NAME = 'tiny-diffusion'
@@ -49,10 +51,14 @@ def train_tiny() -> None:
   """Trains the tiny network in `runs/`.
 
   Raises:
+    ValueError: if what training needs is not installed.
     RuntimeError: if the training run did not reach its end.
   """
-  from train.run import Outcome  # only who trains needs Optax and Orbax
-  from train.run import Run
+  try:
+    from train.run import Outcome  # only who trains needs Optax and Orbax
+    from train.run import Run
+  except ImportError as error:
+    raise ValueError(f"training needs packages: pip install -e '.[train]' ({error})") from error
 
   outcome = Run(load_config(CONFIG), RUNS / CONFIG).train()
   if outcome is not Outcome.FINISHED:
@@ -65,21 +71,10 @@ def trained_parts(say: Callable[[str], None]) -> dict[str, Any]:
   if FILTER.is_file():
     parts['filter'] = load_filter(FILTER)
   if (DISTILLED / 'config.json').is_file():
-    from train.export import load_head
-
     say(f'loading {DISTILLED}')
-    tiny = load_diffusion(RUNS / CONFIG / 'export')
-    head = load_head(DISTILLED, _transformer(tiny)).head
-    parts['distilled'] = nnx.state(head)
+    target = load_hf(RUNS / CONFIG / 'export').transformer
+    parts['distilled'] = nnx.state(load_head(DISTILLED, target).head)
   return parts
-
-
-def _transformer(loaded: LoadedDiffusion):
-  """Returns the module again: a head is filled into a copy of its target."""
-  from models.hf import load_hf
-
-  del loaded
-  return load_hf(RUNS / CONFIG / 'export', dtype=jnp.float32).transformer
 
 
 def load_filter(path: pathlib.Path) -> Filter:

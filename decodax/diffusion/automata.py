@@ -246,11 +246,10 @@ def _lift(table, accepting, alphabet, token_texts, eos_id):
         at = table[at, index[character]]
       columns[:, token] = at
   if eos_id is not None:
-    # A state behind the word; it comes before the dead one, which stays last.
+    # A state behind the word takes the place of the dead one, which moves to the end.
     ended, new_dead = dead, dead + 1
     columns = np.where(columns == dead, new_dead, columns)
     columns = np.vstack([columns, np.full((1, columns.shape[1]), new_dead)])
-    columns = np.insert(columns, ended, new_dead, axis=0)
     columns[:, eos_id] = new_dead
     columns[:dead, eos_id] = np.where(accepting[:dead], ended, new_dead)
     columns[ended, eos_id] = ended

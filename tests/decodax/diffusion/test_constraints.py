@@ -123,6 +123,8 @@ def test_the_bounded_language_is_part_of_the_grammars(expression, grammar):
     state, word = 0, []
     while len(word) < 40 and not (automaton.accepting[state] and len(word) >= rng.integers(1, 9)):
       tokens = [t for t in range(len(texts)) if alive[automaton.next[state, automaton.classes[t]]]]
+      if not tokens:
+        break
       word.append(int(rng.choice(tokens)))
       state = automaton.next[state, automaton.classes[word[-1]]]
     if automaton.accepting[state]:
