@@ -29,7 +29,7 @@ class DiffusionMethod(NamedTuple):
   default: float
   traced: bool = True
   free_drafts: int = 0  # drafts per forward of free drafting; 0 is the plain loop
-  needs: str = ''  # what must be trained first: 'filter', 'distilled'
+  needs: str = ''  # what must be there first: 'filter', 'distilled', 'static answers'
   guidance: bool = False  # is the knob the guidance of a threshold policy?
 
   @property
@@ -122,6 +122,10 @@ _ENTRIES = (
     lambda n: policies.llada(n), (12,), 12, free_drafts=4,
   ),
   DiffusionMethod(
+    'oracle', 'no method but a bound: fills what is already as static will have it',
+    lambda _: policies.oracle(), (0,), 0, needs='static answers',
+  ),
+  DiffusionMethod(
     'learned-filter', 'Learn2PD: a trained filter says what is final', policies.learned_filter,
     (0.99, 0.96, 0.9, 0.7, 0.5), 0.96, needs='filter',
   ),
@@ -155,8 +159,10 @@ class Runner:
   ):
     self.net, self.params, self.request = net, params, request
     self.blocks, self.cache = diffusion.fixed_blocks(block_size), cache
-    self.trained = trained or {}
+    self.trained = dict(trained or {})
     self._compiled: dict[tuple, Compiled] = {}
+    static, _ = self.run(METHODS[STATIC], METHODS[STATIC].default)
+    self.trained['static answers'] = jnp.asarray(static.tokens)
 
   def available(self) -> list[str]:
     """Returns the methods whose weights are there."""
@@ -194,7 +200,7 @@ class Runner:
   def _params(self, method):
     if method.needs == 'distilled':
       return diffusion.Params(self.trained['distilled'])
-    return diffusion.Params(self.params, self.trained.get('filter', ()))
+    return diffusion.Params(self.params, self.trained.get(method.needs, ()))
 
   def _knob(self, method, knob):
     whole = isinstance(method.default, int)

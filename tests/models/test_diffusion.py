@@ -99,11 +99,16 @@ TRACES = {
   'llada': [('llada', 8), ('llada', 3), ('entropy', 5)],
   'dream': [('entropy', 8), ('margin', 5), ('confidence', 4), ('llada', 4)],
 }
+_SLOW = [('llada', 'entropy', 5), ('dream', 'confidence', 4), ('dream', 'llada', 4)]
 
 
 @pytest.mark.parametrize(
   ('name', 'score', 'num_steps'),
-  [(name, *case) for name, cases in TRACES.items() for case in cases],
+  [
+    pytest.param(name, *case, marks=pytest.mark.slow if (name, *case) in _SLOW else ())
+    for name, cases in TRACES.items()
+    for case in cases
+  ],
 )
 def test_static_samplers_fill_the_published_slots_at_the_published_steps(
   name, score, num_steps, checkpoints

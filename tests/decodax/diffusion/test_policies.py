@@ -47,14 +47,17 @@ POLICIES = {
   'editing': (lambda fill, edit: policies.editing(fill, edit, max_post_steps=3), (0.4, 0.3)),
   'learned_filter': (policies.learned_filter, (0.6,)),
 }
-SLOW = ('llada_random', 'ancestral', 'remdm_confidence', 'remdm_loop', 'entropy_threshold')
+SLOW = (
+  'llada_random', 'llada_late', 'ancestral', 'first_hitting', 'remdm_confidence', 'remdm_loop',
+  'entropy_threshold', 'local_leap', 'hierarchy', 'factor',
+)  # fmt: skip
 ALL = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in POLICIES]
 
 
 def run(name, request, params=None):
   policy_fn, knobs = POLICIES[name]
   options = {'template': make_template()} if len(request.tokens) == BATCH else {}
-  compiled = denoiser(name, policy_fn, **options)
+  compiled = denoiser(f'{name} on a template', policy_fn, **options)
   params = diffusion.Params(params or bag_params(), _FILTER)
   return compiled(params, request, *(jnp.float32(k) if isinstance(k, float) else k for k in knobs))
 
