@@ -1,10 +1,12 @@
 """decodax: decoding faster than one token per forward pass, as pure functions in JAX."""
 
+from decodax import controllers
 from decodax import diffusion
 from decodax import drafters
 from decodax import kv_cache
 from decodax import noise
 from decodax import sampling
+from decodax import static_trees
 from decodax import theory
 from decodax import trees
 from decodax import verifiers
@@ -57,6 +59,7 @@ __all__ = [
   'Verdict',
   'Verifier',
   'check_compatible',
+  'controllers',
   'decode',
   'diffusion',
   'drafters',
@@ -71,6 +74,7 @@ __all__ = [
   'python_while_loop',
   'sampling',
   'speculative_step',
+  'static_trees',
   'theory',
   'trees',
   'verifiers',
