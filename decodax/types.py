@@ -237,6 +237,7 @@ class Result(enum.IntEnum):
   LENGTH = 2  # emitted max_new_tokens
   CAPACITY = 3  # its row of the token buffer is full
   NON_FINITE = 4  # the target's logits were NaN or infinite; the round was dropped
+  UNSATISFIABLE = 5  # a constraint on the output that nothing can meet any more
 
 
 class Stats(NamedTuple):

@@ -3,10 +3,12 @@
   python -m experiments.compare
   python -m experiments.compare --model path/to/model --prompts mine.jsonl --temperature 0.8
   python -m experiments.compare --list
+  python -m experiments.compare --model tiny-diffusion
 
 Expect, for the first: SmolLM2-135M-Instruct answers 48 prompts with every method that needs no
 other weights, the outputs are those of plain decoding, and n-gram lookup gains where text is
-copied (code editing). Tables and plots are explained in docs/experiments.md.
+copied (code editing). Tables and plots are explained in docs/experiments.md. The last compares the
+policies of masked diffusion on a tiny network, which is trained first.
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from rich.table import Table
 
 import decodax
 from experiments import cli
+from experiments import diffusion_compare
 from experiments import files
 from experiments import measure
 from experiments import report
@@ -47,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv):
   args = _parser().parse_args(argv)
   console = make_console()
+  if diffusion_compare.is_diffusion(args.model):
+    return diffusion_compare.run(args, argv, console)
   if args.list:
     console.print(_list_methods())
     return 0
