@@ -108,7 +108,9 @@ def render(results: list[Compiled]) -> str:
       ok = f'{result.temp_bytes / 1e6:.1f} MB'
       cells.append(ok if result.outcome == 'ok' else result.outcome.split(':')[0])
     lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-  notes = dict.fromkeys(f'{r.target}, {r.problem}: {r.outcome}' for r in results if r.outcome != 'ok')
+  notes = dict.fromkeys(
+    f'{r.target}, {r.problem}: {r.outcome}' for r in results if r.outcome != 'ok'
+  )
   return '\n'.join([*lines, '', *notes])
 
 

@@ -43,9 +43,7 @@ def dispatch(
   arrays: Sequence[Any],
   *,
   xla: Callable,
-  tpu: Kernel,
-  gpu: Kernel,
-  interpret: Kernel,
+  load: Callable[[str], Kernel],
 ):
   """Returns `f(*arrays)`, f being the implementation that was named or the best that works.
 
@@ -58,9 +56,8 @@ def dispatch(
       None.
     arrays: pytrees of arrays.
     xla: the reference.
-    tpu: its TPU kernel.
-    gpu: its GPU kernel.
-    interpret: the TPU kernel, interpreted.
+    load: 'tpu', 'gpu' or 'interpret' -> that kernel. Called when it is needed, since importing
+      Pallas takes a second.
 
   Raises:
     NotImplementedError: if what was named does not exist or cannot do this problem.
@@ -68,15 +65,14 @@ def dispatch(
   implementation = implementation or _chosen.get()
   if implementation == 'xla':
     return xla(*arrays)
-  named = {'tpu': tpu, 'gpu': gpu, 'interpret': interpret}
   if implementation is None:
-    return _automatic(arrays, xla, tpu, gpu)
-  if implementation not in named:
+    return _automatic(arrays, xla, load)
+  if implementation not in IMPLEMENTATIONS:
     raise NotImplementedError(
       f'{operation} has no {implementation!r} implementation; there are None, '
       + ', '.join(map(repr, IMPLEMENTATIONS))
     )
-  kernel = named[implementation]
+  kernel = _load(load, implementation)
   if kernel.why_not is not None:
     raise NotImplementedError(f'{operation} with {implementation=}: {kernel.why_not}')
   return kernel.run(*arrays)
@@ -88,14 +84,22 @@ def device_kind() -> str:
   return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
-def _automatic(arrays, xla, tpu, gpu):
-  branches = {}
-  if not _is_partitioned():
-    if jax.default_backend() == 'tpu' and tpu.why_not is None:
-      branches['tpu'] = tpu.run
-    if jax.default_backend() == 'gpu' and gpu.why_not is None and _is_hopper():
-      branches['cuda'] = gpu.run
-  return lax.platform_dependent(*arrays, default=xla, **branches) if branches else xla(*arrays)
+def _automatic(arrays, xla, load):
+  name = {'tpu': 'tpu', 'gpu': 'gpu'}.get(jax.default_backend())
+  if name is None or _is_partitioned() or (name == 'gpu' and not _is_hopper()):
+    return xla(*arrays)
+  kernel = _load(load, name)
+  if kernel.why_not is not None:
+    return xla(*arrays)
+  branch = {'tpu' if name == 'tpu' else 'cuda': kernel.run}
+  return lax.platform_dependent(*arrays, default=xla, **branch)
+
+
+def _load(load, name):
+  try:
+    return load(name)
+  except ImportError as error:  # Mosaic GPU needs absl-py, which jax does not bring
+    return Kernel(run=lambda *_: None, why_not=f'Pallas cannot be imported: {error}')
 
 
 def _is_partitioned():

@@ -1,11 +1,7 @@
 """Attention of a block of new tokens over a cached prefix and over itself under any mask."""
 
-import functools
-
 import jax
 
-from pallas_kernels.block_attention import gpu
-from pallas_kernels.block_attention import tpu
 from pallas_kernels.block_attention.reference import Prefix as Prefix
 from pallas_kernels.block_attention.reference import block_attention_reference
 from pallas_kernels.block_attention.reference import check_arguments
@@ -71,13 +67,15 @@ def block_attention(
 
     return run
 
-  why_not = functools.partial(tpu.why_not, queries, keys, prefix)
-  return dispatch(
-    'block_attention',
-    implementation,
-    arrays,
-    xla=bind(block_attention_reference, prefix_block_size=prefix_block_size),
-    tpu=Kernel(bind(tpu.block_attention_tpu), why_not()),
-    gpu=Kernel(bind(gpu.block_attention_gpu), gpu.why_not(queries, keys, prefix)),
-    interpret=Kernel(bind(tpu.block_attention_tpu, interpret=True), why_not()),
-  )
+  def load(name):
+    if name == 'gpu':
+      from pallas_kernels.block_attention import gpu
+
+      return Kernel(bind(gpu.block_attention_gpu), gpu.why_not(queries, keys, prefix))
+    from pallas_kernels.block_attention import tpu
+
+    run = bind(tpu.block_attention_tpu, interpret=name == 'interpret')
+    return Kernel(run, tpu.why_not(queries, keys, prefix))
+
+  xla = bind(block_attention_reference, prefix_block_size=prefix_block_size)
+  return dispatch('block_attention', implementation, arrays, xla=xla, load=load)

@@ -31,7 +31,7 @@ class TpuBlockSizes(NamedTuple):
   num_splits: int = 1  # parts of a prefix that cores work on apart
 
 
-# device kind -> (slots, splits) to start from. `python -m experiments.tune_kernels` makes this table.
+# device kind -> (slots, splits) to start from; `python -m experiments.tune_kernels` makes it.
 TPU_TABLE: dict[str, tuple[int, int]] = {}
 _SAFE = (512, 1)
 
@@ -86,3 +86,44 @@ def _block_sizes(slots, problem):
 
 def _round_up(value, multiple):
   return -(-value // multiple) * multiple
+
+
+class GpuBlockSizes(NamedTuple):
+  """How the GPU kernel cuts up the cache."""
+
+  block_kv: int  # slots of a tile
+  stages: int  # tiles on their way
+  num_splits: int  # thread blocks that share a row's prefix
+
+
+_SHARED_MEMORY = 200 * 2**10  # bytes of a Hopper thread block's 227 KiB
+_MULTIPROCESSORS = 132
+_LEAST_SPLIT = 512  # slots that are worth a thread block
+
+# device kind -> thread blocks wanted per multiprocessor, to start from.
+GPU_TABLE: dict[str, int] = {}
+_SAFE_WAVES = 2
+
+
+def gpu_block_sizes(
+  kind: str, head_dim: int, num_blocks: int, num_slots: int, page_size: int | None
+) -> GpuBlockSizes:
+  """Returns sizes for a device kind: full shared memory, and splits enough to fill the device.
+
+  Args:
+    kind: as in `jax.Device.device_kind`.
+    head_dim: Dh.
+    num_blocks: thread blocks without splits: rows, key heads and tiles of queries.
+    num_slots: S.
+    page_size: of a paged cache.
+  """
+  block_kv = 128 if head_dim <= 128 else 64
+  for size in (page_size, num_slots):
+    if size and size % block_kv:
+      block_kv = 64
+  tile = 2 * block_kv * head_dim * 2  # keys and values
+  queries = 2 * 64 * head_dim * 2
+  stages = max(2, min(4, (_SHARED_MEMORY - queries) // tile))
+  wanted = GPU_TABLE.get(kind, _SAFE_WAVES) * _MULTIPROCESSORS
+  splits = min(-(-wanted // num_blocks), max(num_slots // _LEAST_SPLIT, 1))
+  return GpuBlockSizes(block_kv, stages, max(splits, 1))

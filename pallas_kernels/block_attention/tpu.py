@@ -26,10 +26,13 @@ from pallas_kernels.block_attention.reference import Prefix
 from pallas_kernels.block_attention.reference import group_queries
 from pallas_kernels.block_attention.reference import layer_scale
 from pallas_kernels.block_attention.reference import ungroup
+from pallas_kernels.block_attention.rows import narrow_mask
+from pallas_kernels.block_attention.rows import needed_blocks
+from pallas_kernels.block_attention.rows import round_up
+from pallas_kernels.block_attention.rows import spread_rows
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.masks import WORD
 from pallas_kernels.masks import pack_mask
-from pallas_kernels.masks import unpack_mask
 from pallas_kernels.worklist import make_work_list
 
 _FLOATS = (jnp.bfloat16, jnp.float32)
@@ -54,12 +57,12 @@ def why_not(queries: jax.Array, keys: jax.Array, prefix: Prefix | None) -> str |
 
 
 def _problem(queries, keys, prefix):
-  num_rows = _round_up(queries.shape[1] * queries.shape[2] // keys.shape[1], _SUBLANES)
+  num_rows = round_up(queries.shape[1] * queries.shape[2] // keys.shape[1], _SUBLANES)
   slots = None if prefix is None else prefix.keys
   paged = prefix is not None and prefix.page_table is not None
   return block_sizes.Problem(
     num_rows=num_rows,
-    num_tokens=_round_up(keys.shape[2], _SUBLANES),
+    num_tokens=round_up(keys.shape[2], _SUBLANES),
     num_kv_heads=keys.shape[1],
     head_dim=keys.shape[3],
     itemsize=queries.dtype.itemsize,
@@ -100,11 +103,11 @@ def block_attention_tpu(
   num_queries, group = queries.shape[1], queries.shape[2] // keys.shape[1]
   num_rows, num_tokens = num_queries * group, keys.shape[2]
   if window is not None:
-    mask = _narrow(mask, num_tokens, window, query_positions, key_positions)
+    mask = narrow_mask(mask, num_tokens, window, query_positions, key_positions)
   words = pack_mask(mask) if mask.dtype == jnp.bool_ else mask
   rows = [(0, 0), (0, 0), (0, problem.num_rows - num_rows), (0, 0)]
   tokens = [(0, 0), (0, 0), (0, problem.num_tokens - num_tokens), (0, 0)]
-  by_row = functools.partial(_by_row, group=group, padding=rows[1:])
+  by_row = functools.partial(spread_rows, group=group, num_rows=problem.num_rows)
   grouped = jnp.pad(group_queries(queries, keys.shape[1], scale), rows)
   own = [grouped, jnp.pad(keys, tokens), jnp.pad(values, tokens), by_row(words)]
   if window is not None and prefix is not None:
@@ -149,22 +152,6 @@ def _num_pages(prefix, sizes):
   return sizes.block_kv // prefix.keys.shape[3] if paged else 1
 
 
-def _round_up(value, multiple):
-  return -(-value // multiple) * multiple
-
-
-def _narrow(mask, num_tokens, window, query_positions, key_positions):
-  """Returns bool[B, T, N], the mask without what lies outside the window."""
-  if mask.dtype != jnp.bool_:
-    mask = unpack_mask(mask, num_tokens)
-  return mask & (key_positions[:, None, :] > query_positions[:, :, None] - window)
-
-
-def _by_row(values, *, group, padding):
-  """Returns i32[B, R, n] from i32[B, T, n]: row g * T + t has the values of query t."""
-  return jnp.pad(jnp.tile(values, (1, group, 1)), [(0, 0), *padding[1:]])
-
-
 def _merge(mixed, peak, total):
   """Returns f32[B, Hkv, R, Dh] from parts f32[Z, B, Hkv, R, Dh or 1] of one softmax."""
   weight = jnp.exp(peak - peak.max(0, keepdims=True))
@@ -179,7 +166,10 @@ def _run(call, own, prefix, lowest, interpret):
   problem, sizes = call.problem, call.sizes
   batch, heads = own[0].shape[0], sizes.heads
   num_blocks = max(-(-problem.num_slots // sizes.block_kv), 1)
-  work = make_work_list(_wanted(call, prefix, lowest, batch, num_blocks), sizes.num_splits)
+  wanted = jnp.zeros((batch, 1), bool)
+  if prefix is not None:
+    wanted = needed_blocks(prefix, sizes.block_kv, lowest)
+  work = make_work_list(wanted, sizes.num_splits)
   scalars = [work.items, work.count]
   inputs, specs = list(own), _own_specs(call, heads, num_blocks)
   if prefix is not None:
@@ -231,21 +221,6 @@ def _run(call, own, prefix, lowest, interpret):
     interpret=interpret,
     name='block_attention',
   )(*scalars, *inputs)
-
-
-def _wanted(call, prefix, lowest, batch, num_blocks):
-  """Returns bool[B, K], the blocks of slots of which a query of the row sees anything."""
-  if prefix is None:
-    return jnp.zeros((batch, 1), bool)
-  size = call.sizes.block_kv
-  wanted = jnp.arange(num_blocks)[None] * size < prefix.length[:, None]
-  if call.windowed:  # slots are in no order: a block's latest token decides
-    slots = jnp.arange(prefix.positions.shape[1])[None]
-    live = jnp.where(slots < prefix.length[:, None], prefix.positions, -1)
-    live = jnp.pad(live, ((0, 0), (0, num_blocks * size - live.shape[1])), constant_values=-1)
-    latest = live.reshape(batch, num_blocks, size).max(-1)
-    wanted &= latest > lowest[:, None]
-  return wanted
 
 
 def _item(items, split, step):

@@ -1,11 +1,7 @@
 """Appending the accepted nodes of a block to a cache, all layers in place."""
 
-import functools
-
 import jax
 
-from pallas_kernels.commit import gpu
-from pallas_kernels.commit import tpu
 from pallas_kernels.commit.reference import append as append
 from pallas_kernels.commit.reference import check_arguments
 from pallas_kernels.commit.reference import commit_reference
@@ -39,10 +35,10 @@ def commit(
     path: i32[B, K], indices of nodes.
     length: i32[B], slots of each row that are valid.
     count: i32[B], how many nodes of the path are kept, 0..K.
-    page_table: i32[B, S / page], as in `block_attention.Prefix`; the pages that the path falls into
-      must be the row's own.
-    scale: f32[L, Hkv], for a cache of 8-bit numbers: a node over its head's scale is stored, rounded
-      to nearest and cut to what the dtype holds.
+    page_table: i32[B, S / page], as in `block_attention.Prefix`; the pages that the path falls
+      into must be the row's own.
+    scale: f32[L, Hkv], for a cache of 8-bit numbers: a node over its head's scale is stored,
+      rounded to nearest and cut to what the dtype holds.
     implementation: None (the best that works on the device), 'xla', 'tpu', 'gpu' or 'interpret'
       (the TPU kernel on any device, slowly).
 
@@ -59,13 +55,15 @@ def commit(
 
     return run
 
-  why_not = functools.partial(tpu.why_not, slots, nodes, page_table)
-  return dispatch(
-    'commit',
-    implementation,
-    (slots, nodes, path, length, count, page_table, scale),
-    xla=bind(commit_reference),
-    tpu=Kernel(bind(tpu.commit_tpu), why_not()),
-    gpu=Kernel(bind(gpu.commit_gpu), gpu.why_not(slots, nodes, page_table)),
-    interpret=Kernel(bind(tpu.commit_tpu, interpret=True), why_not()),
-  )
+  def load(name):
+    if name == 'gpu':
+      from pallas_kernels.commit import gpu
+
+      return Kernel(bind(gpu.commit_gpu), gpu.why_not(slots, nodes, page_table))
+    from pallas_kernels.commit import tpu
+
+    run = bind(tpu.commit_tpu, interpret=name == 'interpret')
+    return Kernel(run, tpu.why_not(slots, nodes, page_table))
+
+  arrays = (slots, nodes, path, length, count, page_table, scale)
+  return dispatch('commit', implementation, arrays, xla=bind(commit_reference), load=load)

@@ -4,8 +4,6 @@ import jax
 
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.unmask import gpu
-from pallas_kernels.unmask import tpu
 from pallas_kernels.unmask.reference import Certainty as Certainty
 from pallas_kernels.unmask.reference import check_arguments
 from pallas_kernels.unmask.reference import unmask_reference
@@ -40,12 +38,14 @@ def unmask(
   def bind(function, **options):
     return lambda logits, head: function(logits, head, transposed=transposed, **options)
 
-  return dispatch(
-    'unmask',
-    implementation,
-    (logits, head),
-    xla=bind(unmask_reference),
-    tpu=Kernel(bind(tpu.unmask_tpu), tpu.why_not(logits, head)),
-    gpu=Kernel(bind(gpu.unmask_gpu), gpu.why_not(logits, head)),
-    interpret=Kernel(bind(tpu.unmask_tpu, interpret=True), tpu.why_not(logits, head)),
-  )
+  def load(name):
+    if name == 'gpu':
+      from pallas_kernels.unmask import gpu
+
+      return Kernel(bind(gpu.unmask_gpu), gpu.why_not(logits, head))
+    from pallas_kernels.unmask import tpu
+
+    return Kernel(bind(tpu.unmask_tpu, interpret=name == 'interpret'), tpu.why_not(logits, head))
+
+  xla = bind(unmask_reference)
+  return dispatch('unmask', implementation, (logits, head), xla=xla, load=load)

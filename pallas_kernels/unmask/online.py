@@ -47,3 +47,20 @@ def update(state: State, logits: jax.Array, ids: jax.Array) -> State:
     total=state.total * shrink + weights.sum(-1, keepdims=True),
     moment=(state.moment + state.total * drop) * shrink + moment,
   )
+
+
+def merge(parts: State) -> State:
+  """Returns the state, each [M], after all parts of the vocabulary, each [Z, M] and in order."""
+  peak = parts.peak.max(0)
+  winner = jnp.argmax(parts.peak, axis=0)[None]  # the first that has the peak
+  others = jnp.arange(parts.peak.shape[0])[:, None] != winner
+  runner_up = jnp.where(others, parts.peak, parts.second).max(0)
+  drop = parts.peak - peak[None]
+  shrink = jnp.exp(drop)
+  return State(
+    peak=peak,
+    second=jnp.maximum(runner_up, jnp.take_along_axis(parts.second, winner, axis=0)[0]),
+    token=jnp.take_along_axis(parts.token, winner, axis=0)[0],
+    total=(parts.total * shrink).sum(0),
+    moment=((parts.moment + parts.total * drop) * shrink).sum(0),
+  )

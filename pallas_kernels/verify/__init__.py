@@ -4,8 +4,6 @@ import jax
 
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.verify import gpu
-from pallas_kernels.verify import tpu
 from pallas_kernels.verify.reference import Ingredients as Ingredients
 from pallas_kernels.verify.reference import check_arguments
 from pallas_kernels.verify.reference import verify_reference
@@ -65,13 +63,15 @@ def verify(
 
     return run
 
-  why_not = tpu.why_not(logits, laws, keys)
-  return dispatch(
-    'verify',
-    implementation,
-    (logits, tokens, temperature, top_k, top_p, min_p, laws, residual, keys),
-    xla=bind(verify_reference),
-    tpu=Kernel(bind(tpu.verify_tpu), why_not),
-    gpu=Kernel(bind(gpu.verify_gpu), gpu.why_not(logits, laws, keys)),
-    interpret=Kernel(bind(tpu.verify_tpu, interpret=True), why_not),
-  )
+  def load(name):
+    if name == 'gpu':
+      from pallas_kernels.verify import gpu
+
+      return Kernel(bind(gpu.verify_gpu), gpu.why_not(logits, laws, keys))
+    from pallas_kernels.verify import tpu
+
+    run = bind(tpu.verify_tpu, interpret=name == 'interpret')
+    return Kernel(run, tpu.why_not(logits, laws, keys))
+
+  arrays = (logits, tokens, temperature, top_k, top_p, min_p, laws, residual, keys)
+  return dispatch('verify', implementation, arrays, xla=bind(verify_reference), load=load)

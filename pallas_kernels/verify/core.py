@@ -1,4 +1,4 @@
-"""What verification needs of some rows of logits, from reads of one chunk of the vocabulary at a time.
+"""What verification needs of some rows of logits, read a chunk of the vocabulary at a time.
 
 The TPU kernel reads chunks of rows that lie in vector memory, the GPU kernel reads them from memory
 or its caches; the arithmetic is this. Axes: `M` rows, `V` vocabulary, `n` tokens of a chunk, `K`
@@ -192,7 +192,7 @@ def _excess(rows, log_normalizer, draft):
 
 
 def _sample(rows, log_normalizer, draft, residual, keys):
-  """Returns i32[M, 1], the argmax of the logarithm of the law, or of what is left of it, + noise."""
+  """Returns i32[M, 1], the argmax of noise plus the logarithm of the law or of its residual."""
 
   def step(carry, i, logits, ids):
     if residual is not None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.verify import core
 from pallas_kernels.verify.reference import Ingredients
 from pallas_kernels.verify.wiring import Request
+from pallas_kernels.verify.wiring import gathered_shapes
 from pallas_kernels.verify.wiring import ingredients
 from pallas_kernels.verify.wiring import make_request
 
@@ -71,7 +72,7 @@ def verify_tpu(
   def spec(width):
     return pl.BlockSpec((_ROWS, width), lambda row: (row, 0))
 
-  shapes = _out_shapes(request, laws is not None, num_rows)
+  shapes = gathered_shapes(request, laws is not None, num_rows)
   outs, out_layout = jax.tree.flatten(shapes)
   results = pl.pallas_call(
     functools.partial(_kernel, vocab_size, padded, laws is not None, layout),
@@ -86,25 +87,6 @@ def verify_tpu(
     name='verify',
   )(*wide, *small)
   return ingredients(jax.tree.unflatten(out_layout, results), batch, num_nodes)
-
-
-def _out_shapes(request, has_laws, num_rows):
-  """Returns the shapes of `core.Gathered` for a request."""
-
-  def column(dtype=jnp.float32):
-    return jax.ShapeDtypeStruct((num_rows, 1), dtype)
-
-  num_tokens = len(request.tokens)
-  draft = has_laws or request.residual is not None
-  return core.Gathered(
-    argmax=column(jnp.int32),
-    floor=column(),
-    log_normalizer=column(),
-    log_probs=(column(),) * num_tokens,
-    draft_log_probs=(column(),) * num_tokens if has_laws else None,
-    excess=column() if draft else None,
-    sample=column(jnp.int32) if request.keys is not None else None,
-  )
 
 
 def _kernel(vocab_size, padded, has_laws, layout, *refs):

@@ -42,6 +42,25 @@ def make_request(tokens, num_nodes, temperature, top_k, top_p, min_p, residual, 
   )
 
 
+def gathered_shapes(request: Request, has_laws: bool, num_rows: int) -> core.Gathered:
+  """Returns the shapes of `core.Gathered` for a request."""
+
+  def column(dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((num_rows, 1), dtype)
+
+  num_tokens = len(request.tokens)
+  draft = has_laws or request.residual is not None
+  return core.Gathered(
+    argmax=column(jnp.int32),
+    floor=column(),
+    log_normalizer=column(),
+    log_probs=(column(),) * num_tokens,
+    draft_log_probs=(column(),) * num_tokens if has_laws else None,
+    excess=column() if draft else None,
+    sample=column(jnp.int32) if request.keys is not None else None,
+  )
+
+
 def ingredients(gathered: core.Gathered, batch: int, num_nodes: int) -> Ingredients:
   """Returns what `verify` returns from columns [M, 1]."""
 
