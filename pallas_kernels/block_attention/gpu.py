@@ -67,6 +67,7 @@ class _Call(NamedTuple):
   has_prefix: bool
   soft_cap: float | None
   dtype: Any
+  interpreted: bool
 
 
 class _Inputs(NamedTuple):
@@ -99,6 +100,7 @@ class _Scratch(NamedTuple):
   query_ready: Any
   key_used: Any
   value_used: Any
+  cleared: Any
 
 
 def block_attention_gpu(
@@ -155,6 +157,7 @@ def block_attention_gpu(
     has_prefix=prefix is not None,
     soft_cap=soft_cap,
     dtype=queries.dtype,
+    interpreted=interpret is not None,
   )  # fmt: skip
   inputs = _Inputs(
     queries=_flat(jnp.pad(group_queries(queries, num_kv_heads, scale), rows)),
@@ -238,6 +241,7 @@ def _run(call, inputs, interpret):
       plgpu.Barrier(num_barriers=groups),
       plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
       plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
+      plgpu.Barrier(num_arrivals=groups),
       collective_axes='group',
     )
 
@@ -321,6 +325,14 @@ def _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high):
   lax.fori_loop(0, num_own, own, None)
   if call.has_prefix:
     lax.fori_loop(low, high, prefix, None)
+
+  def drain(step, _):  # no barrier goes away before all have passed it
+    slot = lax.rem(step, jnp.int32(stages))
+    plgpu.barrier_wait(scratch.key_used.at[slot])
+    plgpu.barrier_wait(scratch.value_used.at[slot])
+
+  total = num_own + high - low
+  lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
 
 # --- The warpgroups that multiply ----------------------------------------------------------------
@@ -419,25 +431,43 @@ def _step(call, scratch, queries, slot, visible, left, carry):
   plgpu.barrier_wait(scratch.value_ready.at[slot])
   values = scratch.values.at[slot]
   if left is not None:
-    _clear_dead(values, left, call)
+    _clear_dead(call, scratch, values, left)
 
-  def multiply_values(product):
-    plgpu.wgmma(product, weights, values)
-
-  mixed = pl.run_state(multiply_values)(plgpu.ACC.init(mixed))
+  mixed = _accumulate(call, mixed, weights, values)
   plgpu.barrier_arrive(scratch.value_used.at[slot])
   return new_peak, total, mixed
 
 
-def _clear_dead(values, left, call):
-  """Overwrites the values of dead slots with 0; warpgroups that share them write the same."""
-  for start in range(0, call.sizes.block_kv, _TILE):
-    part = values.at[pl.ds(start, _TILE)]
-    shape = (_TILE, call.head_dim)
-    content = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-    alive = start + _iota(shape, 0) < left
-    part[...] = jnp.where(alive, content, jnp.zeros_like(content))
+def _accumulate(call, mixed, weights, values):
+  """Returns f32[64, Dh], mixed + weights @ values."""
+
+  if call.interpreted:  # the interpreter has no products of what is in registers
+    product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # an ordinary read, which the copy that comes next must not overtake
+    return mixed + product
+
+  def multiply(product):
+    plgpu.wgmma(product, weights, values)
+
+  return pl.run_state(multiply)(plgpu.ACC.init(mixed))
+
+
+def _clear_dead(call, scratch, values, left):
+  """Overwrites the values of dead slots with 0; the warpgroups share the work and wait."""
+  shape, group = (_TILE, call.head_dim), lax.axis_index('group')
+  for index in range(call.sizes.block_kv // _TILE):
+
+    @pl.when(group == index % call.num_groups)
+    def _clear_part(start=index * _TILE):
+      part = values.at[pl.ds(start, _TILE)]
+      content = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+      alive = start + _iota(shape, 0) < left
+      part[...] = jnp.where(alive, content, jnp.zeros_like(content))
+
   plgpu.commit_smem()
+  if call.num_groups > 1:
+    plgpu.barrier_arrive(scratch.cleared)
+    plgpu.barrier_wait(scratch.cleared)
 
 
 def _unpack(words, row, rows, first, block):
