@@ -191,7 +191,7 @@ def compiled_problems() -> list[Problem]:
 
 
 def fill(problem: Problem, seed: int = 0):
-  """Returns arrays for the arguments of a problem: full rows, a random tree, a random page table."""
+  """Returns arrays for the arguments of a problem: full rows, random trees, random pages."""
   rng = np.random.default_rng(seed)
   flat, layout = jax.tree.flatten(problem.args)
   values = jax.tree.unflatten(layout, [_some(rng, like) for like in flat])

@@ -348,7 +348,9 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   plgpu.barrier_wait(ready)
 
   def own(index, carry):
-    visible = functools.partial(_unpack, inputs.words, row, rows, index * (block // WORD), block)
+    visible = functools.partial(
+      _unpack, call, inputs.words, row, rows, index * (block // WORD), block
+    )
     return _step(call, scratch, queries, lax.rem(index, jnp.int32(stages)), visible, None, carry)
 
   def prefix(ragged, index, carry):
@@ -359,11 +361,11 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
     def visible():
       ok = None
       if ragged:
-        ok = _iota((_TILE, block), 1) < left
+        ok = _iota(call, (_TILE, block), 1) < left
       if call.windowed:
         shape = (_TILE, block)
-        lowest = _load(inputs.lowest.at[row, rows], _BY_ROW)
-        positions = _load(inputs.positions.at[row, pl.ds(tile * block, block)], _BY_LANE)
+        lowest = _load(call, inputs.lowest.at[row, rows], _BY_ROW)
+        positions = _load(call, inputs.positions.at[row, pl.ds(tile * block, block)], _BY_LANE)
         seen = lax.broadcast_in_dim(positions, shape, [1]) > lax.broadcast_in_dim(
           lowest, shape, [0]
         )
@@ -375,12 +377,10 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
     return _step(call, scratch, queries, slot, visible if has_mask else None, left, carry)
 
   carry = (
-    plgpu.layout_cast(jnp.full((_TILE,), MASKED, jnp.float32), _BY_ROW),
-    plgpu.layout_cast(jnp.full((_TILE,), 0, jnp.float32), _BY_ROW),
-    plgpu.layout_cast(
-      jnp.full((_TILE, call.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA
-    ),
-  )  # fmt: skip
+    _cast(call, jnp.full((_TILE,), MASKED, jnp.float32), _BY_ROW),
+    _cast(call, jnp.full((_TILE,), 0, jnp.float32), _BY_ROW),
+    _cast(call, jnp.full((_TILE, call.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA),
+  )
   carry = lax.fori_loop(0, num_own, own, carry)
   if call.has_prefix:
     # Only a row's last tile can be ragged; under a window it is still the last that is listed.
@@ -460,8 +460,8 @@ def _clear_dead(call, scratch, values, left):
     @pl.when(group == index % call.num_groups)
     def _clear_part(start=index * _TILE):
       part = values.at[pl.ds(start, _TILE)]
-      content = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-      alive = start + _iota(shape, 0) < left
+      content = _cast(call, part[...], plgpu.Layout.WGMMA)
+      alive = start + _iota(call, shape, 0) < left
       part[...] = jnp.where(alive, content, jnp.zeros_like(content))
 
   plgpu.commit_smem()
@@ -470,22 +470,29 @@ def _clear_dead(call, scratch, values, left):
     plgpu.barrier_wait(scratch.cleared)
 
 
-def _unpack(words, row, rows, first, block):
+def _unpack(call, words, row, rows, first, block):
   """Returns bool[64, block], what the rows see of a tile of the block itself."""
   shape = (_TILE, block)
-  lane, own = _iota(shape, 1), None
+  lane, own = _iota(call, shape, 1), None
   for index in range(block // WORD):
-    word = _load(words.at[row, first + index, rows], _BY_ROW)
+    word = _load(call, words.at[row, first + index, rows], _BY_ROW)
     word = lax.broadcast_in_dim(word, shape, [0])
     own = word if own is None else jnp.where(lane >= index * WORD, word, own)
   return (lax.shift_right_logical(own, lane & (WORD - 1)) & 1) > 0
 
 
-def _iota(shape, axis):
-  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+def _iota(call, shape, axis):
+  return _cast(call, lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
 
-def _load(ref, layout):
+def _cast(call, array, layout):
+  """Returns the array spread over the threads as `layout` says; the interpreter has no layouts."""
+  return array if call.interpreted else plgpu.layout_cast(array, layout)
+
+
+def _load(call, ref, layout):
+  if call.interpreted:
+    return ref[...]
   return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
 

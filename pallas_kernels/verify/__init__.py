@@ -8,7 +8,7 @@ from pallas_kernels.verify.reference import Ingredients as Ingredients
 from pallas_kernels.verify.reference import check_arguments
 from pallas_kernels.verify.reference import verify_reference
 
-__all__ = ['Ingredients', 'verify']
+__all__ = ['Ingredients', 'verify', 'why_not']
 
 
 def verify(
@@ -64,14 +64,25 @@ def verify(
     return run
 
   def load(name):
+    reason = why_not(name, logits, laws, keys)
     if name == 'gpu':
       from pallas_kernels.verify import gpu
 
-      return Kernel(bind(gpu.verify_gpu), gpu.why_not(logits, laws, keys))
+      return Kernel(bind(gpu.verify_gpu), reason)
     from pallas_kernels.verify import tpu
 
-    run = bind(tpu.verify_tpu, interpret=name == 'interpret')
-    return Kernel(run, tpu.why_not(logits, laws, keys))
+    return Kernel(bind(tpu.verify_tpu, interpret=name == 'interpret'), reason)
 
   arrays = (logits, tokens, temperature, top_k, top_p, min_p, laws, residual, keys)
   return dispatch('verify', implementation, arrays, xla=bind(verify_reference), load=load)
+
+
+def why_not(
+  name: str, logits: jax.Array, laws: jax.Array | None = None, keys: jax.Array | None = None
+) -> str | None:
+  """Returns what keeps the kernel 'tpu', 'gpu' or 'interpret' from a problem, or None."""
+  if name == 'gpu':
+    from pallas_kernels.verify import gpu as kernel
+  else:
+    from pallas_kernels.verify import tpu as kernel
+  return kernel.why_not(logits, laws, keys)

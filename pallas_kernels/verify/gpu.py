@@ -57,14 +57,14 @@ def verify_gpu(
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   results = pl.pallas_call(
     functools.partial(_kernel, vocab_size, laws is not None, layout),
-    out_shape=outs,
+    out_shape=[jax.ShapeDtypeStruct((num_rows,), out.dtype) for out in outs],
     grid=(num_rows,),
     in_specs=[anywhere] * (len(wide) + len(small)),
     out_specs=[anywhere] * len(outs),
     compiler_params=plt.CompilerParams(num_warps=8, num_stages=2),
     interpret=interpret,
     name='verify',
-  )(*wide, *small)
+  )(*wide, *(a[:, 0] for a in small))
   return ingredients(jax.tree.unflatten(out_layout, results), batch, num_nodes)
 
 
@@ -74,7 +74,7 @@ def _kernel(vocab_size, has_laws, layout, *refs):
   row = pl.program_id(0)
 
   def column(ref):
-    return plt.load(ref.at[row, 0]).reshape(1, 1)
+    return plt.load(ref.at[row]).reshape(1, 1)
 
   request: Request = jax.tree.unflatten(layout, [column(r) for r in rest[: layout.num_leaves]])
   outs = rest[layout.num_leaves :]
@@ -99,4 +99,4 @@ def _kernel(vocab_size, has_laws, layout, *refs):
     keys=request.keys,
   )
   for out, value in zip(outs, jax.tree.leaves(gathered), strict=True):
-    plt.store(out.at[row, 0], value.reshape(()))
+    plt.store(out.at[row], value.reshape(()))

@@ -42,8 +42,9 @@ def make_problem(shape: Shape, seed: int = 0, dead: float = np.nan):
   else:
     mask = rng.random((batch, shape.num_queries, num_tokens)) < 0.5
     mask |= np.eye(shape.num_queries, num_tokens, dtype=bool)[None]
-  own = normal(batch, shape.num_queries, shape.num_heads, shape.head_dim), *(
-    normal(batch, shape.num_kv_heads, num_tokens, shape.head_dim) for _ in range(2)
+  own = (
+    normal(batch, shape.num_queries, shape.num_heads, shape.head_dim),
+    *(normal(batch, shape.num_kv_heads, num_tokens, shape.head_dim) for _ in range(2)),
   )
   return *own, jnp.asarray(mask), _make_prefix(rng, shape, dead)
 

@@ -2,17 +2,19 @@
 
 import functools
 
-import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import default_implementation
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.block_attention import block_sizes
 from pallas_kernels.block_attention import tpu
 from pallas_kernels.block_attention.block_sizes import TpuBlockSizes
 from pallas_kernels.masks import pack_mask
+from tests.pallas_kernels.interpreter import assert_no_races
+from tests.pallas_kernels.interpreter import compiled
+from tests.pallas_kernels.interpreter import strict
 from tests.pallas_kernels.problems import SCALE
 from tests.pallas_kernels.problems import Shape
 from tests.pallas_kernels.problems import make_problem
@@ -20,7 +22,26 @@ from tests.pallas_kernels.problems import window_options
 
 _TOLERANCE = {jnp.float32: 3e-6, jnp.bfloat16: 2e-2}
 _CASES = {
-  'one token, ragged': (Shape(num_queries=1, num_slots=640, lengths=(0, 1, 511, 512, 640)), {}),
+  'one token, ragged, more slots than whole blocks': (
+    Shape(num_queries=1, num_slots=640, lengths=(0, 1, 511, 512, 640)), {},
+  ),
+  'a tree, bfloat16, splits, window': (
+    Shape(
+      num_queries=40, num_heads=6, head_dim=128, dtype=jnp.bfloat16, num_slots=512,
+      lengths=(0, 129, 300, 512),
+    ),
+    dict(sizes=TpuBlockSizes(128, 1, num_splits=3), window=60),
+  ),
+  'pages, window, soft cap': (
+    Shape(page_size=64, lengths=(0, 1, 128, 250)),
+    dict(sizes=TpuBlockSizes(128, 2), window=60, soft_cap=5.0),
+  ),
+  'float8, pages': (
+    Shape(cache_dtype=jnp.float8_e4m3fn, page_size=32, lengths=(0, 33, 250)),
+    dict(sizes=TpuBlockSizes(64, 2)),
+  ),
+}  # fmt: skip
+_MORE = {
   'a tree': (Shape(num_queries=40, num_heads=6), {}),
   'multi-query, head size 80': (Shape(num_kv_heads=1, head_dim=80), {}),
   'multi-head, head size 256': (Shape(num_kv_heads=4, head_dim=256), {}),
@@ -32,20 +53,14 @@ _CASES = {
     Shape(num_slots=512, lengths=(0, 129, 300, 512)),
     dict(sizes=TpuBlockSizes(128, 1, num_splits=3)),
   ),
-  'splits, window': (
-    Shape(num_slots=512, lengths=(0, 129, 300, 512)),
-    dict(sizes=TpuBlockSizes(128, 2, num_splits=2), window=60),
-  ),
   'pages': (Shape(page_size=32, lengths=(0, 1, 32, 250)), dict(sizes=TpuBlockSizes(128, 2))),
   'pages, window, splits': (
     Shape(page_size=64, lengths=(0, 1, 128, 250)),
     dict(sizes=TpuBlockSizes(128, 2, num_splits=2), window=60),
   ),
   'int8': (Shape(cache_dtype=jnp.int8), {}),
-  'float8, pages': (
-    Shape(cache_dtype=jnp.float8_e4m3fn, page_size=32), dict(sizes=TpuBlockSizes(64, 2)),
-  ),
-}  # fmt: skip
+  'float8, the other': (Shape(cache_dtype=jnp.float8_e5m2), {}),
+}
 _SLOW = [
   (Shape(
     num_queries=num_queries, num_heads=heads, num_kv_heads=kv, head_dim=head_dim, dtype=dtype,
@@ -58,13 +73,6 @@ _SLOW = [
 ]  # fmt: skip
 
 
-def strict():
-  """Returns the interpreter that looks for races, stray reads and what was never written."""
-  return pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory='nan', out_of_bounds_reads='raise'
-  )
-
-
 def _check(shape, options):
   inputs = make_problem(shape)
   options = dict(options)
@@ -73,8 +81,11 @@ def _check(shape, options):
     options |= window_options(shape, options['window'])
   static = {'scale': SCALE, 'soft_cap': options.pop('soft_cap', None)}
   kernel = functools.partial(tpu.block_attention_tpu, sizes=sizes, interpret=strict(), **static)
-  out = jax.jit(kernel)(*inputs, **options)
-  expected = block_attention(*inputs, implementation='xla', **static, **options)
+  out = compiled(kernel)(*inputs, **options)
+  expected = compiled(functools.partial(block_attention, implementation='xla', **static))(
+    *inputs, **options
+  )
+  assert_no_races()
   assert out.dtype == shape.dtype
   np.testing.assert_allclose(
     np.asarray(out, np.float32),
@@ -90,6 +101,54 @@ def test_the_kernel_equals_the_reference(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', _MORE)
+def test_the_kernel_equals_the_reference_with_each_option(name):
+  _check(*_MORE[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('shape, options', _SLOW)
 def test_the_kernel_equals_the_reference_everywhere(shape, options):
   _check(shape, options)
+
+
+def test_a_packed_mask_says_the_same_and_dispatch_interprets():
+  queries, keys, values, mask, prefix = make_problem(Shape(num_queries=35, lengths=(0, 200)))
+  run = functools.partial(block_attention, scale=SCALE)
+  expected = compiled(run)(queries, keys, values, mask, prefix)
+  packed = pack_mask(mask)
+  np.testing.assert_array_equal(compiled(run)(queries, keys, values, packed, prefix), expected)
+  with default_implementation('interpret'):
+    out = compiled(run)(queries, keys, values, packed, prefix)
+  np.testing.assert_allclose(out, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+  'shape, message',
+  [
+    (Shape(num_queries=1100), 'at most 1024 tokens'),
+    (Shape(num_queries=700, num_heads=64, num_kv_heads=1), 'rows of queries are too many'),
+    (Shape(page_size=16), 'multiple of 32 slots'),
+    (Shape(cache_dtype=jnp.bfloat16), 'like the queries or has 8 bits'),
+    (Shape(dtype=jnp.float16), 'bfloat16 or float32'),
+  ],
+)
+def test_what_the_kernel_cannot_do_it_says(shape, message):
+  inputs = make_problem(shape._replace(lengths=(5,)))
+  with pytest.raises(NotImplementedError, match=message):
+    block_attention(*inputs, scale=SCALE, implementation='tpu')
+
+
+def test_block_sizes_fit_and_use_what_the_table_says(monkeypatch):
+  problem = block_sizes.Problem(
+    num_rows=256, num_tokens=64, num_kv_heads=8, head_dim=128, itemsize=2, cache_itemsize=2,
+    num_slots=8192,
+  )  # fmt: skip
+  safe = block_sizes.tpu_block_sizes('unheard of', problem)
+  assert safe == TpuBlockSizes(512, 8, 1)
+  monkeypatch.setitem(block_sizes.TPU_TABLE, 'some TPU', (256, 2))
+  assert block_sizes.tpu_block_sizes('some TPU', problem) == TpuBlockSizes(256, 8, 2)
+  many = block_sizes.tpu_block_sizes('', problem._replace(num_rows=2048))
+  assert many is not None and many.heads < 8
+  paged = block_sizes.tpu_block_sizes('', problem._replace(page_size=48 * 2, num_slots=960))
+  assert paged is not None and paged.block_kv % 128 == 0 or paged.block_kv == 96
