@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.ragged_attention import SCALE
+from experiments.ragged_attention import Shape
+from experiments.ragged_attention import make_problem
+from experiments.ragged_attention import window_options
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_attention import block_sizes
 from pallas_kernels.block_attention import gpu
 from pallas_kernels.block_attention.block_sizes import GpuBlockSizes
 from tests.pallas_kernels.interpreter import compiled
-from tests.pallas_kernels.problems import SCALE
-from tests.pallas_kernels.problems import Shape
-from tests.pallas_kernels.problems import make_problem
-from tests.pallas_kernels.problems import window_options
 
 needs_interpreter = pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason='the interpreter of jax < 0.11 lacks what the kernel uses'

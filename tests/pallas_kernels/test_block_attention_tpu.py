@@ -6,6 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.ragged_attention import SCALE
+from experiments.ragged_attention import Shape
+from experiments.ragged_attention import make_problem
+from experiments.ragged_attention import window_options
 from pallas_kernels import default_implementation
 from pallas_kernels.block_attention import block_attention
 from pallas_kernels.block_attention import block_sizes
@@ -15,10 +19,6 @@ from pallas_kernels.masks import pack_mask
 from tests.pallas_kernels.interpreter import assert_no_races
 from tests.pallas_kernels.interpreter import compiled
 from tests.pallas_kernels.interpreter import strict
-from tests.pallas_kernels.problems import SCALE
-from tests.pallas_kernels.problems import Shape
-from tests.pallas_kernels.problems import make_problem
-from tests.pallas_kernels.problems import window_options
 
 _TOLERANCE = {jnp.float32: 3e-6, jnp.bfloat16: 2e-2}
 _CASES = {

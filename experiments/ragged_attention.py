@@ -1,4 +1,4 @@
-"""Problems for block attention, with all that is dead full of NaN.
+"""Ragged problems for block attention, with all that is dead full of NaN. Needs jax alone.
 
 Axes: `B` batch, `T` queries, `N` block tokens, `S` slots, `P` pages, `L` layers, `H` query heads,
 `Hkv` heads of keys and values, `Dh` head size.
