@@ -3,9 +3,9 @@
     python -m experiments.tune_kernels
 
 On a TPU: how many slots a step reads, and over how many splits. On a GPU: how many thread blocks
-are wanted for each multiprocessor. Every candidate is timed on prefixes of 1k, 8k and 32k slots with
-1, 16 and 64 tokens; the one with the smallest geometric mean of times, each relative to the best of
-its problem, is printed as an entry for `pallas_kernels/block_attention/block_sizes.py`.
+are wanted for each multiprocessor. Every candidate is timed on prefixes of 1k, 8k and 32k slots
+with 1, 16 and 64 tokens. The one with the smallest geometric mean of times, each relative to the
+best of its problem, is printed as an entry for `pallas_kernels/block_attention/block_sizes.py`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _SHAPES = [
   for num_queries in (1, 16, 64)
 ]
 _TPU = list(itertools.product((128, 256, 512, 1024), (1, 2)))
-_GPU = [1, 2, 4, 8]
+_GPU = [1, 2, 3, 4]
 
 
 def score(times: list[dict]) -> dict:

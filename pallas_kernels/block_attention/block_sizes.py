@@ -100,9 +100,11 @@ _SHARED_MEMORY = 200 * 2**10  # bytes of a Hopper thread block's 227 KiB
 _MULTIPROCESSORS = 132
 _LEAST_SPLIT = 512  # slots that are worth a thread block
 
-# device kind -> thread blocks wanted per multiprocessor, to start from.
+# device kind -> thread blocks wanted for each multiprocessor; `experiments.tune_kernels` makes it.
 GPU_TABLE: dict[str, int] = {}
-_SAFE_WAVES = 2
+_SAFE_WAVES = 1
+_FULL = 0.85  # of a wave of thread blocks
+_SHORT = 4096  # slots; with fewer, padding the block itself to a large tile would show
 
 
 def gpu_block_sizes(
@@ -117,13 +119,26 @@ def gpu_block_sizes(
     num_slots: S.
     page_size: of a paged cache.
   """
-  block_kv = 128 if head_dim <= 128 else 64
+  block_kv = 128 if head_dim <= 128 and num_slots > _SHORT else 64
   for size in (page_size, num_slots):
     if size and size % block_kv:
       block_kv = 64
   tile = 2 * block_kv * head_dim * 2  # keys and values
   queries = 2 * 64 * head_dim * 2
   stages = max(2, min(4, (_SHARED_MEMORY - queries) // tile))
-  wanted = GPU_TABLE.get(kind, _SAFE_WAVES) * _MULTIPROCESSORS
-  splits = min(-(-wanted // num_blocks), max(num_slots // _LEAST_SPLIT, 1))
-  return GpuBlockSizes(block_kv, stages, max(splits, 1))
+  waves = GPU_TABLE.get(kind, _SAFE_WAVES)
+  return GpuBlockSizes(block_kv, stages, _num_splits(num_blocks, num_slots, waves))
+
+
+def _num_splits(num_blocks, num_slots, waves):
+  """Returns the fewest splits that make so many waves of thread blocks, the last nearly full."""
+  fullest, best = 0.0, 1
+  for splits in range(1, max(num_slots // _LEAST_SPLIT, 1) + 1):
+    total = num_blocks * splits
+    needed = max(-(-total // _MULTIPROCESSORS), waves)
+    full = total / (needed * _MULTIPROCESSORS)
+    if full >= _FULL:
+      return splits
+    if full > fullest:
+      fullest, best = full, splits
+  return best

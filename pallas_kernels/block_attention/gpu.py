@@ -58,6 +58,7 @@ class _Call(NamedTuple):
 
   sizes: block_sizes.GpuBlockSizes
   num_groups: int  # warpgroups that multiply
+  num_queries: int  # rows that are not padding
   num_kv_heads: int
   head_dim: int
   num_own: int  # tiles of the block itself
@@ -147,6 +148,7 @@ def block_attention_gpu(
   call = _Call(
     sizes=sizes,
     num_groups=num_groups,
+    num_queries=num_queries * group,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     num_own=padded // sizes.block_kv,
@@ -212,13 +214,10 @@ def _merge(mixed, peaks):
 
 
 def _run(call, inputs, interpret):
-  """Returns (f[Z, B * Hkv, R', Dh] outputs, f32[Z, B * Hkv, R] log2 of their normalisers).
-
-  Of a single tile of rows only those that hold queries, rounded up to 8, are written.
-  """
+  """Returns (f[Z, B * Hkv, R', Dh] outputs, f32[Z, B * Hkv, R] log2 of their normalisers)."""
   present = {name: a for name, a in inputs._asdict().items() if a is not None}
   num_pairs, num_rows, head_dim = inputs.queries.shape
-  rows_out = num_rows
+  rows_out = _rows_out(call, num_rows)
   swizzle = plgpu.find_swizzle(head_dim * 16)
   tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
   sizes, groups = call.sizes, call.num_groups
@@ -259,6 +258,11 @@ def _run(call, inputs, interpret):
     **({} if interpret is None else {'interpret': interpret}),
   )
   return kernel(*present.values())
+
+
+def _rows_out(call, num_rows):
+  """Returns how many rows are written: of a single tile those that hold queries, in eights."""
+  return num_rows if call.num_groups > 1 else round_up(call.num_queries, 8)
 
 
 def _kernel(call, inputs, outs, scratch):
@@ -396,7 +400,9 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   queries[...] = mixed.astype(call.dtype)
   scratch.peaks.at[group][...] = peak + jnp.log(total) * _LOG2E
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(queries, outs[0].at[split, pair, rows])
+  num_out = min(_TILE, outs[0].shape[2])
+  out = outs[0].at[split, pair, pl.ds(first, num_out)]
+  plgpu.copy_smem_to_gmem(queries.at[pl.ds(0, num_out)], out)
   plgpu.copy_smem_to_gmem(scratch.peaks.at[group], outs[1].at[split, pair, rows])
   plgpu.wait_smem_to_gmem(0)
 

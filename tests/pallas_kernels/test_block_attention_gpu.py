@@ -86,9 +86,9 @@ def test_what_the_kernel_cannot_do_it_says(shape, message):
 
 def test_splits_fill_the_device_and_tiles_its_memory(monkeypatch):
   few = block_sizes.gpu_block_sizes('', 128, 8, 32768, None)
-  assert few == GpuBlockSizes(128, 2, 33)
+  assert few == GpuBlockSizes(128, 2, 15)
   assert block_sizes.gpu_block_sizes('', 128, 1000, 32768, None).num_splits == 1
   assert block_sizes.gpu_block_sizes('', 128, 8, 1024, 64) == GpuBlockSizes(64, 4, 2)
   assert block_sizes.gpu_block_sizes('', 256, 8, 0, None).num_splits == 1
-  monkeypatch.setitem(block_sizes.GPU_TABLE, 'some GPU', 1)
-  assert block_sizes.gpu_block_sizes('some GPU', 128, 8, 32768, None).num_splits == 17
+  monkeypatch.setitem(block_sizes.GPU_TABLE, 'some GPU', 2)
+  assert block_sizes.gpu_block_sizes('some GPU', 128, 8, 32768, None).num_splits == 29
