@@ -63,7 +63,7 @@ def commit(
     from pallas_kernels.commit import tpu
 
     run = bind(tpu.commit_tpu, interpret=name == 'interpret')
-    return Kernel(run, tpu.why_not(slots, nodes, page_table))
+    return Kernel(run, tpu.why_not(slots, nodes, path, page_table))
 
   arrays = (slots, nodes, path, length, count, page_table, scale)
   return dispatch('commit', implementation, arrays, xla=bind(commit_reference), load=load)

@@ -1,7 +1,8 @@
 """The TPU kernel of commit: the few tiles that a path falls into are read, mended and written.
 
 The cache is aliased: what is not touched is neither read nor written. Rows that commit nothing are
-not in the list of work items, so a page that no row owns is never touched.
+not in the list of work items, so a page that no row owns is never touched. The path's nodes, few of
+the block's, are gathered by XLA on the way into the kernel.
 
 Axes: `L` layers, `B` batch, `Hkv` key/value heads, `S` slots, `P` pages, `N` nodes of a block, `K`
 nodes of a path, `Dh` head size, `C` tiles that a path can fall into.
@@ -19,10 +20,12 @@ import jax.numpy as jnp
 from pallas_kernels.commit.reference import quantize
 from pallas_kernels.worklist import compact
 
-_NODES_BUDGET = 8 * 2**20  # bytes of vector memory for one row's nodes of one layer
+_NODES_BUDGET = 8 * 2**20  # bytes of vector memory for one row's path of one layer
 
 
-def why_not(slots: jax.Array, nodes: jax.Array, page_table: jax.Array | None) -> str | None:
+def why_not(
+  slots: jax.Array, nodes: jax.Array, path: jax.Array, page_table: jax.Array | None
+) -> str | None:
   """Returns what keeps the kernel from this problem, or None if it can do it."""
   if slots.dtype.itemsize > 4 or slots.dtype == jnp.float16:
     return f'it takes bfloat16, float32 and 8-bit numbers: {slots.dtype=}'
@@ -30,8 +33,8 @@ def why_not(slots: jax.Array, nodes: jax.Array, page_table: jax.Array | None) ->
     what = 'slots' if page_table is None else 'slots of a page'
     return f'the number of {what} must be a multiple of {_tile(slots.dtype)}: {slots.shape=}'
   heads, head_dim = -(-nodes.shape[2] // 8) * 8, -(-nodes.shape[4] // 128) * 128
-  if 2 * nodes.shape[3] * heads * head_dim * 4 > _NODES_BUDGET:
-    return f'the block is too large: {nodes.shape=}'
+  if 2 * path.shape[1] * heads * head_dim * 4 > _NODES_BUDGET:
+    return f'the path is too long: {path.shape=}, {nodes.shape=}'
   return None
 
 
@@ -47,19 +50,20 @@ def commit_tpu(
   interpret: Any = False,
 ) -> jax.Array:
   """Returns the slots with each row's path appended; see `commit`."""
-  num_layers, batch, heads, num_nodes, head_dim = nodes.shape
+  num_layers, _, heads, _, head_dim = nodes.shape
   tile, path_length = _tile(slots.dtype), path.shape[1]
   num_tiles = (path_length + tile - 2) // tile + 1
+  kept = jnp.take_along_axis(nodes, path[None, :, None, :, None], axis=3, mode='clip')
   # A node is picked by an index of a leading axis, which costs nothing. Numbers of 8 and 16 bits
   # pass through float32 unchanged.
-  picked = quantize(nodes, scale, slots.dtype).astype(jnp.float32).transpose(0, 1, 3, 2, 4)
+  picked = quantize(kept, scale, slots.dtype).astype(jnp.float32).transpose(0, 1, 3, 2, 4)
   items, num_items = _tiles_to_mend(length, count, tile, num_tiles)
-  scalars = [items, path, length, count]
+  scalars = [items, length, count]
   if page_table is not None:
     scalars.append(page_table)
 
-  def where(layer, step, items, path, length, count, *table):
-    del path, count
+  def where(layer, step, items, length, count, *table):
+    del count
     row, which = lax.div(items[step], num_tiles), lax.rem(items[step], num_tiles)
     index = lax.div(length[row], tile) + which
     if page_table is None:
@@ -79,7 +83,7 @@ def commit_tpu(
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(num_layers, num_items),
-      in_specs=[pl.BlockSpec((None, None, num_nodes, heads, head_dim), of_row), spec],
+      in_specs=[pl.BlockSpec((None, None, path_length, heads, head_dim), of_row), spec],
       out_specs=spec,
     ),
     input_output_aliases={len(scalars) + 1: 0},
@@ -108,7 +112,7 @@ def _tiles_to_mend(length, count, tile, num_tiles):
   return work.items[0], work.count[0]
 
 
-def _kernel(tile, num_tiles, items, path, length, count, *refs):
+def _kernel(tile, num_tiles, items, length, count, *refs):
   nodes, before, after = refs[-3:]
   step = pl.program_id(1)
   row, which = lax.div(items[step], num_tiles), lax.rem(items[step], num_tiles)
@@ -116,7 +120,7 @@ def _kernel(tile, num_tiles, items, path, length, count, *refs):
   slot = start + lax.broadcasted_iota(jnp.int32, before.shape, 1)
 
   def put(index, content):
-    node = nodes[path[row, index]]  # f32[Hkv, Dh]
+    node = nodes[index]  # f32[Hkv, Dh]
     return jnp.where(slot == length[row] + index, node[:, None, :], content)
 
   first = jnp.maximum(start - length[row], 0)
