@@ -1,11 +1,13 @@
 # Every target sets up what it needs by itself: a fresh machine needs Python 3.11 or later, no more.
 #   make quickstart ARGS="--num-prompts 8"      options go to the script that is run
-#   make test ARGS="-k ngram"
+#   make test ARGS="-k ngram" JOBS=0           JOBS=0 is one process, for a debugger
 #   make test PYTHON=python3.13 VENV=.venv313   another interpreter, beside the first
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Test processes, one a core. A file's tests stay together: they share what they compile.
+JOBS ?= auto
 # PyTorch without CUDA; only `make interop` looks here.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -23,7 +25,7 @@ quickstart: $(VENV)/.installed-experiments  ## decode real prompts with every me
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the test suite: no weights to download, nothing slow
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m 'slow and not interop' $(ARGS)

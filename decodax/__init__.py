@@ -1,9 +1,11 @@
 """decodax: decoding faster than one token per forward pass, as pure functions in JAX."""
 
+from decodax import controllers
 from decodax import drafters
 from decodax import kv_cache
 from decodax import noise
 from decodax import sampling
+from decodax import static_trees
 from decodax import theory
 from decodax import trees
 from decodax import verifiers
@@ -56,6 +58,7 @@ __all__ = [
   'Verdict',
   'Verifier',
   'check_compatible',
+  'controllers',
   'decode',
   'drafters',
   'finish',
@@ -69,6 +72,7 @@ __all__ = [
   'python_while_loop',
   'sampling',
   'speculative_step',
+  'static_trees',
   'theory',
   'trees',
   'verifiers',

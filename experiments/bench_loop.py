@@ -216,11 +216,11 @@ def _call_job(loaded, params, width, capacity):
 def load_peer(loaded: LoadedModel, options) -> Callable[[list[int]], Any] | None:
   """Returns prompt -> tokens of transformers' greedy generation, or None if not installed."""
   try:
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
   except ImportError:
     return None
-  path = pathlib.Path(loaded.source['path'])
+  path = pathlib.Path(loaded.source['path'] or '')
   where = (path.parent, {'gguf_file': path.name}) if path.suffix == '.gguf' else (path, {})
   peer = transformers.AutoModelForCausalLM.from_pretrained(
     where[0], dtype=torch.float32, **where[1]
@@ -272,7 +272,7 @@ def render(result: Result) -> str:
 
 def main(argv=None) -> int:
   """Measures, prints Markdown and writes `bench_loop.json`."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(description='What the decoding loop costs.')
   parser.add_argument('--model', default=DEFAULT_MODEL)
   parser.add_argument('--num-prompts', type=int, default=4)
   parser.add_argument('--max-new-tokens', type=int, default=64)

@@ -7,7 +7,7 @@ number of nodes, so that they can be compared.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -24,6 +24,7 @@ from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
 from models.adapter import as_model
+from models.transformer import Transformer
 from models.weights import LoadedModel
 
 PLAIN = 'plain'  # the method that the others are compared with
@@ -85,13 +86,13 @@ def _early_exit(setup: Setup) -> Decoder:
 
 
 def _draft_model(setup: Setup) -> Decoder:
-  _check_draft(setup)
-  draft = setup.draft
-  drafter = drafters.draft_model(as_model(draft.transformer), num_drafts=setup.num_drafts or 4)
-  return _decoder(setup, drafter, nnx.state(draft.transformer))
+  draft = _draft_of(setup)
+  drafter = drafters.draft_model(as_model(draft), num_drafts=setup.num_drafts or 4)
+  return _decoder(setup, drafter, nnx.state(draft))
 
 
-def _check_draft(setup):
+def _draft_of(setup: Setup) -> Transformer:
+  """Returns the draft model, once it is known to be there and to share the vocabulary."""
   draft, target = setup.draft, setup.target
   if draft is None:
     raise ValueError('draft-model needs the weights of a draft model: give --draft')
@@ -101,6 +102,7 @@ def _check_draft(setup):
       f'the draft model {draft.name} has a vocabulary of {sizes[0]}, {target.name} one of '
       f'{sizes[1]}: they must share one'
     )
+  return draft.transformer
 
 
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
@@ -122,12 +124,25 @@ def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
     if setup.draft is None:
       exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
       return _decoder(setup, make(drafters.exit_expander(exit_model)))
-    _check_draft(setup)
-    transformer = setup.draft.transformer
+    transformer = _draft_of(setup)
     expander = drafters.model_expander(as_model(transformer))
     return _decoder(setup, make(expander), nnx.state(transformer))
 
   return build
+
+
+def _several_drafters(setup: Setup) -> Decoder:
+  last = _exit_layer(setup)
+  models: list[tuple[Expander, Any]] = [
+    (drafters.exit_expander(as_model(setup.target.transformer, exit_layer=layer)), ())
+    for layer in (last, max(1, last * 3 // 4))
+  ]
+  if setup.draft is not None:
+    draft = _draft_of(setup)
+    models = [(drafters.model_expander(as_model(draft)), nnx.state(draft)), models[0]]
+  expanders, params = zip(*models, strict=True)
+  drafter = drafters.several_chains(expanders, num_drafts=setup.num_drafts or 3)
+  return _decoder(setup, drafter, params)
 
 
 def _exit_layer(setup):
@@ -183,7 +198,12 @@ _ENTRIES = (
   _Entry(
     'iid-tree', 'a fixed tree of independent draws',
     _static_tree(Candidates.IID), Candidates.IID,
-    (verifiers.specinfer, verifiers.kseq), by_default=False,
+    (verifiers.specinfer, verifiers.kseq, verifiers.optimal()), by_default=False,
+  ),
+  _Entry(
+    'several-drafters', 'two exits, or a draft model and an exit, draft a chain each',
+    _several_drafters, Candidates.SEVERAL_DRAFTERS,
+    (verifiers.specinfer_drafters, verifiers.coupled), by_default=False,
   ),
   _Entry(
     'top-and-one-tree', 'a fixed tree of the likeliest tokens and one draw a node',

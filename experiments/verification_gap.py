@@ -35,6 +35,7 @@ from rich import box
 from rich.table import Table
 
 from decodax import theory
+from decodax.verifiers.optimal import optimal_acceptance
 from experiments import cli
 from experiments.display import Display
 from experiments.display import make_console
@@ -73,12 +74,13 @@ RULES = (
   Rule('sample-and-match', IID, '#56B4E9'),
   Rule('SpecInfer', IID, '#0072B2'),
   Rule('k-SEQ', IID, '#009E73'),
+  Rule('optimal choice', IID, '#E69F00'),
   Rule('optimum', IID, '#222222', is_optimum=True),
   Rule('sample-and-match, distinct', DISTINCT, '#56B4E9', sampled=True),
   Rule('recursive rejection', DISTINCT, '#D55E00', sampled=True),
   Rule('optimum, distinct', DISTINCT, '#222222', is_optimum=True),
   Rule('top k', CHOSEN, '#CC79A7'),
-  Rule('greedy draft', CHOSEN, '#E69F00'),
+  Rule('greedy draft', CHOSEN, '#56B4E9'),
 )
 
 
@@ -377,6 +379,7 @@ def _curves(key, p, q, *, max_drafts, num_samples):
     'sample-and-match': by_number(_match),
     'SpecInfer': by_number(theory.specinfer_acceptance),
     'k-SEQ': by_number(theory.kseq_acceptance),
+    'optimal choice': by_number(optimal_acceptance),
     'optimum': by_number(theory.optimal_acceptance_with_replacement),
     'sample-and-match, distinct': matched,
     'recursive rejection': kept,

@@ -14,6 +14,7 @@ from decodax.drafters.expander import exit_expander
 from decodax.drafters.expander import model_expander
 from decodax.drafters.ngram import ngram
 from decodax.drafters.plain import plain
+from decodax.drafters.several import several_chains
 from decodax.drafters.static_tree import static_tree
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
   'model_expander',
   'ngram',
   'plain',
+  'several_chains',
   'static_tree',
   'stochastic_beam_tree',
 ]

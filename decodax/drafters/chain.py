@@ -77,7 +77,11 @@ def draw(
 
 
 def chain_drafter(
-  expander: Expander, *, num_drafts: int, controller: Controller | None = None
+  expander: Expander,
+  *,
+  num_drafts: int,
+  controller: Controller | None = None,
+  may_lag: bool = False,
 ) -> Drafter:
   """Returns a drafter that samples a chain, of a length that a controller may shorten.
 
@@ -88,6 +92,7 @@ def chain_drafter(
     expander: the model that drafts.
     num_drafts: D, tokens drafted a round at most.
     controller: of the length; None drafts `num_drafts` always.
+    may_lag: accepted tokens may be another drafter's, so that the model may be far behind.
 
   Raises:
     ValueError: if num_drafts < 1.
@@ -104,6 +109,8 @@ def chain_drafter(
 
   def grow(params, state, *, noise_fn, with_laws):
     limit, wanted, ctl = start_round(params, state, controller, num_drafts)
+    if may_lag and wanted is None:
+      wanted = state.result == Result.RUNNING
     own, block = state.drafter.own, state.drafter.block
     root, own, block = expander.begin(params, state, own, block, num_slots=num_slots, wanted=wanted)
 

@@ -192,14 +192,36 @@ def _settle(proposal: Proposal, target_logits: jax.Array, num_bins: int, node: j
   rows, tokens = jnp.arange(node.shape[0])[:, None], proposal.tokens
   drafts = children_of(proposal, node)
   p, q = law_at(target_logits, node), draft_law_at(proposal.laws, node)
-  bins = _bin_of(p, q, num_bins)
-  place = bins + rows * num_bins  # one flat index gathers twice as fast as two
-  empty = jnp.zeros((node.shape[0] * num_bins,), p.dtype)
-  p_mass, q_mass = (empty.at[place].add(law).reshape(-1, num_bins) for law in (p, q))
-  plan = plan_choice(p_mass, q_mass, jnp.maximum(drafts.sum(-1), 1))
-  chosen = q * plan.ratio.reshape(-1)[place]
+  plan, bins, chosen = _choose(p, q, jnp.maximum(drafts.sum(-1), 1), num_bins)
   chosen = jnp.where(drafts.any(-1, keepdims=True), chosen, 0)
   chance = jnp.minimum(divide(p[rows, tokens], chosen[rows, tokens]), 1)
   kept = choice_probabilities(plan, bins[rows, tokens], drafts) * chance
   rest = jnp.maximum(1 - kept.sum(-1, keepdims=True), 0)
   return (rest * residual(p, chosen)).at[rows, tokens].add(kept)
+
+
+def _choose(p, q, num_drafts, num_bins):
+  """Returns (the plan, bin of each token i32[B, V], law of the chosen draft float[B, V])."""
+  bins = _bin_of(p, q, num_bins)
+  place = (
+    bins + jnp.arange(p.shape[0])[:, None] * num_bins
+  )  # one index gathers twice as fast as two
+  empty = jnp.zeros((p.shape[0] * num_bins,), p.dtype)
+  p_mass, q_mass = (empty.at[place].add(law).reshape(-1, num_bins) for law in (p, q))
+  plan = plan_choice(p_mass, q_mass, num_drafts)
+  return plan, bins, q * plan.ratio.reshape(-1)[place]
+
+
+def optimal_acceptance(
+  p: jax.Array, q: jax.Array, num_drafts: int, *, num_bins: int = 512
+) -> jax.Array:
+  """Returns float[B], how often `optimal` keeps one of k independent drafts.
+
+  Args:
+    p: float[B, V], the target's law.
+    q: float[B, V], the law of each draft.
+    num_drafts: k, at least 1.
+    num_bins: as given to `optimal`.
+  """
+  _, _, chosen = _choose(p, q, jnp.full(p.shape[:1], num_drafts), num_bins)
+  return jnp.minimum(p, chosen).sum(-1)

@@ -18,6 +18,9 @@ import scipy.special
 import scipy.stats
 
 from decodax import theory
+from decodax.theory import fits
+from decodax.theory import several_drafts
+from decodax.theory.common import sorted_by_ratio
 
 V = 5
 
@@ -377,8 +380,8 @@ def test_two_drafts_agree_in_closed_form_and_by_quadrature():
 
   @jax.jit
   def by_quadrature(p, q):
-    p, q = theory._sorted_by_ratio(p, q)
-    return theory._least_bound(p, theory._some_draft_outside(q, 2, 256))
+    p, q = sorted_by_ratio(p, q)
+    return several_drafts._least_bound(p, several_drafts._some_draft_outside(q, 2, 256))
 
   integral = by_quadrature(p, q)
   np.testing.assert_allclose(closed, integral, atol=1e-13)
@@ -644,7 +647,7 @@ def test_fit_loglinear_equals_a_reference_regression():
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(np.float64, 1e-8), (np.float32, 1e-2)])
 def test_student_quantile(dtype, tolerance):
   cases = list(itertools.product((0.5, 0.95, 0.999), (1, 2, 5, 40)))
-  values = jax.jit(lambda: [theory._student_quantile(c, f, dtype) for c, f in cases])()
+  values = jax.jit(lambda: [fits._student_quantile(c, f, dtype) for c, f in cases])()
   for value, (confidence, freedom) in zip(values, cases, strict=True):
     assert value.dtype == dtype
     expected = scipy.stats.t.ppf((1 + confidence) / 2, freedom)

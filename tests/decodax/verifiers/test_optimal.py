@@ -15,6 +15,7 @@ from decodax import theory
 from decodax import verifiers
 from decodax.types import Candidates
 from decodax.verifiers.optimal import choice_probabilities
+from decodax.verifiers.optimal import optimal_acceptance
 from decodax.verifiers.optimal import plan_choice
 from tests.decodax.verifiers.draft_trees import every_tree
 from tests.decodax.verifiers.draft_trees import laws_after_context
@@ -98,6 +99,9 @@ def test_acceptance_in_a_tree_is_within_the_tolerance(num_bins):
     optimum = float(theory.optimal_acceptance_with_replacement(*laws, num_drafts))
     accepted = mean_accepted(verifiers.optimal(num_bins=num_bins), tree)
     assert optimum - (num_drafts + 1) / (2 * num_bins) <= accepted <= optimum + 1e-12
+    p_row, q_row = (jnp.asarray(law)[None] for law in laws)
+    expected = optimal_acceptance(p_row, q_row, num_drafts, num_bins=num_bins)
+    assert abs(accepted - float(expected[0])) < 1e-12
     if num_drafts > 1 and num_bins > 4:
       assert accepted > float(theory.kseq_acceptance(*laws, num_drafts)) + 1e-3
 
