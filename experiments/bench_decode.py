@@ -1,13 +1,12 @@
 """What a decoding step of a whole model costs, as a fraction of what memory allows.
 
     python -m experiments.bench_decode --config llama-8b --out results/bench-decode
-    python -m experiments.bench_decode --config smollm2-135m --prefixes 1024 --batches 1
 
 Random weights of a model's shape; a step is the forward pass over T tokens of every row, the
 logits of all of them, and the commit of the first: T = 1 is plain decoding, a larger T verifies a
 tree. The limit is the time to read the weights and the keys and values of the prefix once, at the
 bandwidth of a copy measured in the same run. What does not fit into the device's memory is left
-out, and said so.
+out, and said so. On a CPU the default is a model of SmolLM2-135M's size at a short prefix.
 """
 
 import argparse
@@ -102,6 +101,13 @@ def measure(config: TransformerConfig, options, ceilings: Ceilings) -> list[Row]
 def _seconds(model, params, prefix, batch, tokens, repeats):
   cache = model.init_cache(params, batch, prefix + 128)
   cache = cache._replace(length=jnp.full((batch,), prefix, jnp.int32))
+  compiled = jax.jit(make_step(model, prefix, batch, tokens), donate_argnums=1)
+  carry = cache, jnp.ones((batch, tokens), jnp.int32)
+  return seconds_per_call(functools.partial(compiled, params), carry, repeats=repeats)
+
+
+def make_step(model, prefix: int, batch: int, tokens: int):
+  """Returns (params, (cache, i32[B, T])) -> the same after a step that keeps one token."""
   path = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
   mask = jnp.broadcast_to(jnp.tril(jnp.ones((tokens, tokens), bool)), (batch, tokens, tokens))
 
@@ -113,9 +119,7 @@ def _seconds(model, params, prefix, batch, tokens, repeats):
     cache = model.commit(cache, block, path[:, :1], jnp.ones((batch,), jnp.int32))
     return cache._replace(length=jnp.full((batch,), prefix, jnp.int32)), inputs
 
-  compiled = jax.jit(step, donate_argnums=1)
-  carry = cache, jnp.ones((batch, tokens), jnp.int32)
-  return seconds_per_call(functools.partial(compiled, params), carry, repeats=repeats)
+  return step
 
 
 def render(name: str, ceilings: Ceilings, rows: list[Row]) -> str:
@@ -139,9 +143,13 @@ def render(name: str, ceilings: Ceilings, rows: list[Row]) -> str:
 def main(argv=None) -> int:
   """Measures, prints Markdown and writes `bench_decode.json`."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--config', choices=sorted(CONFIGS), default='llama-1b')
-  parser.add_argument('--prefixes', type=int, nargs='+', default=[1024, 8192, 32768])
-  parser.add_argument('--batches', type=int, nargs='+', default=[1, 8, 32])
+  on_cpu = jax.default_backend() == 'cpu'  # which takes minutes for the smallest
+  config, prefixes, batches = (
+    ('smollm2-135m', [1024], [1]) if on_cpu else ('llama-1b', [1024, 8192, 32768], [1, 8, 32])
+  )
+  parser.add_argument('--config', choices=sorted(CONFIGS), default=config)
+  parser.add_argument('--prefixes', type=int, nargs='+', default=prefixes)
+  parser.add_argument('--batches', type=int, nargs='+', default=batches)
   parser.add_argument('--tokens', type=int, nargs='+', default=[1, 16, 64])
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--out', type=pathlib.Path, help='folder for bench_decode.json')

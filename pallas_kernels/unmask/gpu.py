@@ -111,19 +111,18 @@ def _product(hidden, head, first_row, first_token, shape, transposed):
   """Returns f32[rows, width], the logits of a tile of positions and tokens."""
   rows, width = shape
   row = first_row + lax.broadcasted_iota(jnp.int32, (rows, _DEPTH), 0)
-  token_axis = 0 if transposed else 1
-  head_shape = (width, _DEPTH) if transposed else (_DEPTH, width)
-  token = first_token + lax.broadcasted_iota(jnp.int32, head_shape, token_axis)
-  inside = token < head.shape[token_axis]
+  token = first_token + lax.broadcasted_iota(jnp.int32, (_DEPTH, width), 1)
+  inside = token < head.shape[0 if transposed else 1]
+  exact = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else lax.Precision.DEFAULT
 
   def step(index, total):
     depth = index * _DEPTH
     own = depth + lax.broadcasted_iota(jnp.int32, (rows, _DEPTH), 1)
-    other = depth + lax.broadcasted_iota(jnp.int32, head_shape, 1 - token_axis)
+    other = depth + lax.broadcasted_iota(jnp.int32, (_DEPTH, width), 0)
     a = plt.load(hidden.at[row, own], mask=row < hidden.shape[0], other=0.0)
     where = (token, other) if transposed else (other, token)
     b = plt.load(head.at[where], mask=inside, other=0.0)
-    return total + pl.dot(a, b, trans_b=transposed, allow_tf32=False)
+    return total + jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
 
   steps = hidden.shape[1] // _DEPTH
   return lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))

@@ -14,6 +14,9 @@ from tests.decodax import zoo as zoo_lib
 
 _ROWS = (1, 3, 6)  # of the ragged batch: another prompt, other stop ids, other sampling each
 
+# Of one width, unlike the zoo's: a kernel is traced for each.
+_TREE = zoo_lib.random_tree(num_nodes=6, max_depth=3)
+
 
 def _decode(zoo, drafter, verifier, implementation):
   request = zoo_lib.take_rows(zoo_lib.make_request(), _ROWS)
@@ -23,7 +26,7 @@ def _decode(zoo, drafter, verifier, implementation):
   run = functools.partial(
     decodax.decode,
     model=zoo.model,
-    drafter=zoo.drafters[drafter],
+    drafter=_TREE if drafter == 'tree' else zoo.drafters[drafter],
     verifier=verifiers.BY_NAME[verifier],
     prefill_chunk=16,
   )
