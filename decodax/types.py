@@ -148,10 +148,8 @@ class Candidates(enum.Enum):
   # the same token twice; node order is the order of the draws
   COMPETING = 'competing'  # as WITHOUT_REPLACEMENT, but branches compete for nodes: whether a node
   # exists depends on tokens in other branches (stochastic beams, node budgets)
-  CARRIED = (
-    'carried'  # as SAMPLED, but a rejected round's drafts may stay: for rules whose decision
-  )
-  # on a draft does not depend on drafts below it
+  CARRIED = 'carried'  # as SAMPLED, but drafts of a rejected round may stay: for rules whose
+  # decision on a draft does not depend on drafts below it
   TOP_AND_ONE = 'top_and_one'  # the most probable tokens, then one child drawn from the node's law,
   # in which those tokens have the logit -inf
 
