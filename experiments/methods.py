@@ -6,7 +6,7 @@ drafted by the trained head or the draft model if there is one, else by the targ
 and have the same number of nodes, so that they can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -26,6 +26,7 @@ from decodax.types import Model
 from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
+from experiments.laws import acceptance_by_rank
 from models.adapter import as_model
 from models.heads import head_expander
 from models.heads import head_taps
@@ -44,6 +45,7 @@ class Setup(NamedTuple):
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
   head: LoadedHead | None = None  # trained for the target
+  sample_texts: Callable[[], Sequence[Sequence[int]]] | None = None  # to measure acceptance on
 
 
 class Decoder(NamedTuple):
@@ -204,6 +206,15 @@ def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
   return _tree(make)
 
 
+def _sequoia_tree(setup: Setup) -> Decoder:
+  if setup.sample_texts is None:
+    raise ValueError('sequoia-tree needs texts to measure the acceptance on: Setup.sample_texts')
+  texts, exit_layer = setup.sample_texts(), _exit_layer(setup)
+  acceptance = acceptance_by_rank(setup.target, texts, draft=setup.draft, exit_layer=exit_layer)
+  tree = static_trees.sequoia(acceptance, _TREE.num_nodes, max_depth=3)
+  return _tree(lambda expander: drafters.static_tree(expander, tree))(setup)
+
+
 def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
   """Returns how to build a tree drafter around a head, a draft model, or else an early exit."""
 
@@ -294,6 +305,10 @@ _ENTRIES = (
     'static-tree', 'a fixed tree of the likeliest tokens',
     _static_tree(Candidates.DETERMINISTIC), Candidates.DETERMINISTIC,
     (verifiers.coupled, verifiers.typical()), by_default=False,
+  ),
+  _Entry(
+    'sequoia-tree', 'the best fixed tree for the acceptance measured on our prompts',
+    _sequoia_tree, Candidates.DETERMINISTIC, by_default=False,
   ),
   _Entry(
     'sampled-tree', 'a fixed tree drawn without replacement (RSD-C)',

@@ -14,15 +14,11 @@ Expect, for the first: a few minutes on two cores; the tables of docs/verificati
 
 from collections.abc import Iterator, Mapping, Sequence
 import io
-import os
 import pathlib
 import sys
 import time
 from typing import Any, NamedTuple
 
-from flax import nnx
-import jax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 from rich import box
@@ -39,13 +35,15 @@ from experiments.acceptance import Curves
 from experiments.acceptance import acceptance_curves
 from experiments.display import Display
 from experiments.display import make_console
+from experiments.laws import choose_sites
+from experiments.laws import read_logits
+from experiments.laws import softmax
 from models.registry import DEFAULT_MODEL
 
 SCHEMA = 1
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 _MAX_DRAFTS = 16
-_PAD = 128  # prompts are padded to multiples of it, so that few shapes are compiled
 _MAX_SEED = 2**31 - 1
 
 _TEXT_FAMILIES = ('early-exit', 'warmer', 'draft')
@@ -196,22 +194,24 @@ def _text_families(names, args, rng, display):
   if draft is not None:
     _check_vocabularies(draft, target)
   texts = _encode(target, cli.read_prompts(args.prompts, args.num_prompts))
-  sites = _choose_sites(texts, args.num_laws, rng)
+  sites = choose_sites(texts, args.num_laws, rng)
   display.stage(f'{target.name}: reading the prompts')
-  logits, early = _read(target, texts, sites, exit_layer)
-  p = _softmax(logits, temperature)
+  with cli.user_errors():
+    logits, early = read_logits(target, texts, sites, exit_layer)
+  p = softmax(logits, temperature)
   if 'early-exit' in names:
     title = f'{target.name}, its first {exit_layer} of {layers} layers draft'
-    yield Family('early-exit', title, p, _softmax(early, temperature))
+    yield Family('early-exit', title, p, softmax(early, temperature))
   del early
   if 'warmer' in names:
     title = f'{target.name}, itself at {args.warmer:g} times the temperature drafts'
-    yield Family('warmer', title, p, _softmax(logits, temperature * args.warmer))
+    yield Family('warmer', title, p, softmax(logits, temperature * args.warmer))
   if 'draft' in names and draft is not None:
     display.stage(f'{draft.name}: reading the prompts')
-    drafted, _ = _read(draft, texts, sites, draft.transformer.config.num_layers)
+    with cli.user_errors():
+      drafted, _ = read_logits(draft, texts, sites, draft.transformer.config.num_layers)
     title = f'{target.name}, {draft.name} drafts'
-    yield Family('draft', title, p, _softmax(drafted, temperature))
+    yield Family('draft', title, p, softmax(drafted, temperature))
 
 
 def _check_vocabularies(draft, target):
@@ -232,46 +232,6 @@ def _encode(target, prompts):
         f'prompt {prompt.id} has {len(texts[-1])} tokens, but {target.name} has {room} positions'
       )
   return texts
-
-
-def _choose_sites(texts, num_laws, rng):
-  """Returns sorted (text, position) pairs, all different, behind what all texts begin with."""
-  common = len(os.path.commonprefix(texts)) if len(texts) > 1 else 0
-  sites = [(i, t) for i, text in enumerate(texts) for t in range(max(common - 1, 0), len(text))]
-  chosen = rng.choice(len(sites), min(num_laws, len(sites)), replace=False)
-  return sorted(sites[i] for i in chosen)
-
-
-def _read(loaded, texts, sites, exit_layer) -> tuple[Array, Array]:
-  """Returns the logits f32[M, V] at the sites, of the whole model and of its first layers."""
-  graph, params = nnx.split(loaded.transformer)
-
-  @jax.jit
-  def read(params, tokens, keep):
-    module, length = nnx.merge(graph, params), tokens.shape[1]
-    mask = jnp.tril(jnp.ones((1, length, length), bool))
-    output, _ = module(tokens, jnp.arange(length)[None], mask, taps=(exit_layer,))
-    early = module.final_norm(output.features[f'layer_{exit_layer}'])
-    return module.unembed(output.hidden[0, keep]), module.unembed(early[0, keep])
-
-  places = {i: [t for j, t in sites if j == i] for i, _ in sites}
-  width = max(map(len, places.values()))
-  found = []
-  for i, kept in places.items():
-    tokens = np.zeros((1, -(-len(texts[i]) // _PAD) * _PAD), np.int32)
-    tokens[0, : len(texts[i])] = texts[i]
-    both = read(params, tokens, np.resize(kept, width))
-    found.append([np.asarray(logits)[: len(kept)] for logits in both])
-  late, early = (np.concatenate(each) for each in zip(*found, strict=True))
-  if not np.isfinite(late).all() or not np.isfinite(early).all():
-    raise cli.UserError(f'{loaded.name} gives logits that are not finite')
-  return late, early
-
-
-def _softmax(logits, temperature) -> Array:
-  scaled = logits.astype(np.float64) / temperature
-  weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-  return weights / weights.sum(axis=-1, keepdims=True)
 
 
 # --- Findings ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from decodax import theory
 from experiments import acceptance
+from experiments import laws as laws_lib
 from experiments import verification_gap as gap
 from models.adapter import as_model
 from models.registry import load_model
@@ -212,7 +213,7 @@ def test_every_layer_drafts_what_the_target_says(tiny_model, prompts_file, tmp_p
 def test_laws_are_those_of_the_model_and_of_its_first_layers(tiny_model):
   loaded = load_model(tiny_model)
   text, positions = list(range(20, 60)), [0, 17]
-  found = gap._read(loaded, [text], [(0, position) for position in positions], 3)
+  found = laws_lib.read_logits(loaded, [text], [(0, position) for position in positions], 3)
   for logits, exit_layer in zip(found, (None, 3), strict=True):
     model = as_model(loaded.transformer, exit_layer=exit_layer)
     expected = _logits(model, nnx.state(loaded.transformer), text)[positions]
@@ -235,9 +236,23 @@ def _logits(model, params, text):
 
 def test_sites_are_behind_the_common_beginning():
   texts = [[1, 2, 3, 4], [1, 2, 5, 6, 7]]
-  sites = gap._choose_sites(texts, 100, np.random.default_rng(0))
+  sites = laws_lib.choose_sites(texts, 100, np.random.default_rng(0))
   assert sites == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4)]
-  assert len(set(gap._choose_sites(texts, 3, np.random.default_rng(0)))) == 3
+  assert len(set(laws_lib.choose_sites(texts, 3, np.random.default_rng(0)))) == 3
+
+
+def test_the_acceptance_of_ranks_is_counted(tiny_model):
+  loaded, texts = load_model(tiny_model), [list(range(20, 60)), list(range(20, 24)) + [7] * 30]
+  found = laws_lib.acceptance_by_rank(loaded, texts, exit_layer=3, num_ranks=4)
+  sites = laws_lib.choose_sites(texts, 10**6, np.random.default_rng(0))
+  late, early = laws_lib.read_logits(loaded, texts, sites, 3)
+  rank = (early > np.take_along_axis(early, late.argmax(-1)[:, None], axis=-1)).sum(-1)
+  np.testing.assert_allclose(found, [np.mean(rank == r) for r in range(4)])
+  assert 0 < found.sum() <= 1
+  layers = loaded.transformer.config.num_layers
+  np.testing.assert_array_equal(
+    laws_lib.acceptance_by_rank(loaded, texts, exit_layer=layers, num_ranks=2), [1, 0]
+  )
 
 
 # --- Wrong options -----------------------------------------------------------------------------
