@@ -184,13 +184,17 @@ class Transformer(nnx.Module):
     x = self.embedding[...][tokens].astype(self.dtype)
     return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
-  def unembed(self, hidden: jax.Array) -> jax.Array:
-    """Returns logits f32[..., V] for hidden f[..., D] after the final norm."""
+  def unembed(self, hidden: jax.Array, tokens: jax.Array | None = None) -> jax.Array:
+    """Returns logits f32[..., V] for hidden f[..., D] after the final norm.
+
+    With tokens i32[n] only theirs, f32[..., n].
+    """
+    chosen = slice(None) if tokens is None else tokens
     if self.head is None:
-      kernel = self.embedding[...].astype(hidden.dtype)
+      kernel = self.embedding[...][chosen].astype(hidden.dtype)
       logits = jnp.einsum('...d,vd->...v', hidden, kernel, preferred_element_type=jnp.float32)
     else:
-      kernel = self.head[...].astype(hidden.dtype)
+      kernel = self.head[...][:, chosen].astype(hidden.dtype)
       logits = jnp.einsum('...d,dv->...v', hidden, kernel, preferred_element_type=jnp.float32)
     cap = self.config.logit_soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -209,6 +209,31 @@ def by_chunk(fn: Callable[..., Any], *arrays: Any, chunk: int = CHUNK) -> Any:
   return jax.tree.map(join, out)
 
 
+class Summary(NamedTuple):
+  """What is needed of the target's whole law beside its logits of a draft vocabulary."""
+
+  log_total: jax.Array  # f32[B, T] log of the sum of exponentials of all logits
+  best: jax.Array  # i32[B, T] the likeliest token
+
+
+def summarize(
+  p_fn: Callable[[jax.Array], jax.Array], p_hidden: jax.Array, *, chunk: int = CHUNK
+) -> Summary:
+  """Returns the summary of the laws of hidden f[B, T, D]; without gradient.
+
+  Args:
+    p_fn: hidden f[..., D] -> logits f32[..., V].
+    p_hidden: f[B, T, D].
+    chunk: tokens of a row at a time.
+  """
+
+  def one(hidden):
+    logits = p_fn(hidden).astype(jnp.float32)
+    return Summary(jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1))
+
+  return lax.stop_gradient(by_chunk(one, lax.stop_gradient(p_hidden), chunk=chunk))
+
+
 def compare(
   p_fn: Callable[[jax.Array], jax.Array],
   q_fn: Callable[[jax.Array], jax.Array],
@@ -218,6 +243,7 @@ def compare(
   divergence: Divergence = forward_kl,
   labels: jax.Array | None = None,
   keep: jax.Array | None = None,
+  summary: Summary | None = None,
   chunk: int = CHUNK,
 ) -> Comparison:
   """Returns the loss and the agreement of two laws without building [B, T, V].
@@ -231,21 +257,30 @@ def compare(
     labels: i32[B, T], learn these tokens (hard cross entropy) in place of the target's law.
     keep: i32[Vd] ascending, the target ids of a draft vocabulary. The loss compares with p
       restricted to it; `correct` and `acceptance` judge the draft by the whole p.
+    summary: of p at each token. Then `p_fn` gives the logits of `keep` only, f32[..., Vd], which
+      saves most of the work where several drafts are compared with the same laws.
     chunk: tokens of a row at a time.
   """
+  if summary is not None and keep is None:
+    raise ValueError('a summary goes with a draft vocabulary: give keep')
   no_labels = jnp.zeros(p_hidden.shape[:2], jnp.int32)
 
-  def one(p_hidden, q_hidden, labels_here):
+  def one(p_hidden, q_hidden, labels_here, whole):
     p_logits = lax.stop_gradient(p_fn(p_hidden).astype(jnp.float32))
     q_logits = q_fn(q_hidden).astype(jnp.float32)
-    p_kept = p_logits if keep is None else p_logits[..., keep]
+    if whole is None:
+      whole = Summary(jax.nn.logsumexp(p_logits, axis=-1), jnp.argmax(p_logits, axis=-1))
+      p_kept = p_logits if keep is None else p_logits[..., keep]
+    else:
+      p_kept = p_logits
     if labels is None:
       loss = divergence(p_kept, q_logits)
     else:
       loss = _label_loss(q_logits, labels_here, keep)
-    return Comparison(loss, *_agreement(p_logits, p_kept, lax.stop_gradient(q_logits), keep))
+    return Comparison(loss, *_agreement(whole, p_kept, lax.stop_gradient(q_logits), keep))
 
-  return by_chunk(one, p_hidden, q_hidden, no_labels if labels is None else labels, chunk=chunk)
+  labels_or_none = no_labels if labels is None else labels
+  return by_chunk(one, p_hidden, q_hidden, labels_or_none, summary, chunk=chunk)
 
 
 def label_losses(
@@ -280,17 +315,16 @@ def _label_loss(q_logits, labels, keep):
   return jnp.where(keep[index] == labels, cross_entropy(q_logits, index), 0.0)
 
 
-def _agreement(p_logits, p_kept, q_logits, keep):
+def _agreement(whole: Summary, p_kept, q_logits, keep):
   """Returns (correct, acceptance, covered), each f32[...]."""
-  best = jnp.argmax(p_logits, axis=-1)
   drafted = jnp.argmax(q_logits, axis=-1)
-  covered = jnp.ones_like(best, bool)
+  covered = jnp.ones_like(drafted, bool)
   if keep is not None:
     drafted = keep[drafted]
-    covered = p_kept.max(-1) >= p_logits.max(-1)
-  p = jnp.exp(p_kept - jax.nn.logsumexp(p_logits, axis=-1, keepdims=True))
+    covered = keep[jnp.clip(jnp.searchsorted(keep, whole.best), 0, len(keep) - 1)] == whole.best
+  p = jnp.exp(p_kept - whole.log_total[..., None])
   overlap = jnp.minimum(p, jax.nn.softmax(q_logits)).sum(-1)
-  return (drafted == best).astype(jnp.float32), overlap, covered.astype(jnp.float32)
+  return (drafted == whole.best).astype(jnp.float32), overlap, covered.astype(jnp.float32)
 
 
 # --- Weights of draft positions ----------------------------------------------------------------

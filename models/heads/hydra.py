@@ -77,10 +77,10 @@ class HydraHead(nnx.Module):
       x = y + jax.nn.silu(_affine(y, self.blocks[...][layer], self.block_biases[...][layer]))
     return dropout(x)
 
-  def project(self, target: Transformer, vector: jax.Array) -> jax.Array:
-    """Returns logits f32[..., Vd] of its own projection, or of the target's: f32[..., V]."""
+  def project(self, target: Transformer, vector: jax.Array, vocabulary) -> jax.Array:
+    """Returns logits f32[..., Vd] of its own projection, or of the target's."""
     if self.head is None or self.head_bias is None:
-      return target.unembed(vector)
+      return target.unembed(vector, None if vocabulary is None else vocabulary.ids[...])
     kernel, bias = self.head[...].astype(vector.dtype), self.head_bias[...]
     logits = jnp.einsum('...d,dv->...v', vector, kernel, preferred_element_type=jnp.float32)
     return logits + bias.astype(jnp.float32).reshape((1,) * (logits.ndim - 1) + bias.shape)
@@ -147,10 +147,7 @@ class Hydra(nnx.Module):
 
   def project(self, target: Transformer, vector: jax.Array, depth: int) -> jax.Array:
     """Returns logits f32[..., Vd] of the head at `depth`."""
-    logits = self.heads[depth - 1].project(target, vector)
-    if self.vocabulary is None or not self.config.share_head:
-      return logits
-    return self.vocabulary.restrict(logits)
+    return self.heads[depth - 1].project(target, vector, self.vocabulary)
 
 
 def hydra_expander(hydra: Hydra, target: Transformer) -> Expander:

@@ -82,8 +82,7 @@ class Medusa(nnx.Module):
   def project(self, target: Transformer, vectors: jax.Array, head: int) -> jax.Array:
     """Returns the logits f32[..., Vd] of one head for its vectors f[..., D]."""
     if self.heads is None:
-      logits = target.unembed(vectors)
-      return logits if self.vocabulary is None else self.vocabulary.restrict(logits)
+      return target.unembed(vectors, None if self.vocabulary is None else self.vocabulary.ids[...])
     kernel = self.heads[...][head].astype(vectors.dtype)
     return jnp.einsum('...d,dv->...v', vectors, kernel, preferred_element_type=jnp.float32)
 

@@ -21,12 +21,14 @@ from decodax import verifiers
 from decodax.types import Params
 from models.heads import HEADS
 from models.heads import head_expander
+from models.heads.vocabulary import make_vocabulary
 from tests.decodax import zoo as loop_zoo
 from tests.models.heads import zoo
 from train import export
 from train import losses
 from train.objective import Objective
 from train.objective import get_objective
+from train.objectives import _heads
 from train.objectives import acceptance
 from train.objectives import draft_lm
 from train.tape import Batch
@@ -354,3 +356,28 @@ def test_the_written_head_drafts_as_before(tmp_path):
   before, after = (zoo.chain_laws(h, target, tokens, length, 3) for h in (head, loaded.head))
   np.testing.assert_array_equal(before, after)
   assert head_expander(loaded.head, target).draft_vocab_size == 16
+
+
+def test_going_through_the_vocabulary_once_changes_nothing():
+  """`_heads.teach` saves most of the teacher's work with a draft vocabulary, and no number."""
+  target, batch = zoo.target(), _batch(split=13)
+  tape = make_tape(target, batch)
+  vocabulary = make_vocabulary(zoo.COUNTS, 16)
+  assert vocabulary is not None and tape.hidden is not None
+  vectors = jnp.asarray(np.random.default_rng(1).standard_normal(tape.hidden.shape), jnp.float32)
+  teacher = _heads.teach(tape, target, vocabulary)
+  whole = teacher._replace(p_fn=target.unembed, summary=None)
+
+  def draft_logits(x):
+    return target.unembed(x, vocabulary.ids[...])
+
+  found, expected = (
+    _heads.compare_at(tape, each, draft_logits, vectors, 3, losses.forward_kl)
+    for each in (teacher, whole)
+  )
+  assert 0 < expected.comparison.covered.mean() < 1
+  counted = np.asarray(found.weights) > 0
+  for a, b in zip(found.comparison, expected.comparison, strict=True):
+    np.testing.assert_allclose(a[counted], b[counted], rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match='give keep'):
+    losses.compare(teacher.p_fn, draft_logits, vectors, vectors, summary=teacher.summary)

@@ -3,7 +3,7 @@
 Axes: `B` rows, `T` tokens, `D` width, `K` depths, `V` vocabulary, `Vd` draft vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from decodax.drafters.expander import Expander
 from decodax.types import Drafter
 from decodax.types import Verifier
 from models.config import TransformerConfig
+from models.heads.vocabulary import DraftVocabulary
+from models.transformer import Transformer
 from train import losses
 from train.losses import Comparison
 from train.losses import Divergence
@@ -57,6 +59,24 @@ def divergence_of(name: str) -> Divergence | None:
   return None if name == 'labels' else losses.get_divergence(name)
 
 
+class Teacher(NamedTuple):
+  """The target as drafts are compared with it, at every depth."""
+
+  p_fn: Callable[[jax.Array], jax.Array]  # hidden f[..., D] -> logits, of the drafted tokens only
+  keep: jax.Array | None  # i32[Vd] the drafted tokens; None is all
+  summary: losses.Summary | None  # of the whole laws, if not all tokens are drafted
+
+
+def teach(tape: Tape, target: Transformer, vocabulary: DraftVocabulary | None = None) -> Teacher:
+  """Returns the teacher of a batch. The whole vocabulary is gone through once for all depths."""
+  if vocabulary is None:
+    return Teacher(target.unembed, None, None)
+  assert tape.hidden is not None
+  keep = vocabulary.ids[...]
+  summary = losses.summarize(target.unembed, tape.hidden)
+  return Teacher(lambda hidden: target.unembed(hidden, keep), keep, summary)
+
+
 class Depth(NamedTuple):
   """What a head said at one depth about the whole batch, indexed by where the draft starts."""
 
@@ -67,37 +87,39 @@ class Depth(NamedTuple):
 
 def compare_at(
   tape: Tape,
-  target,
-  q_fn,
+  teacher: Teacher,
+  q_fn: Callable[[jax.Array], jax.Array],
   vectors: jax.Array,
   ahead: int,
   divergence: Divergence | None,
-  vocabulary=None,
 ) -> Depth:
   """Returns how the head's law of token t + ahead agrees with the target's.
 
   Args:
     tape: what the target read.
-    target: whose head gives its law.
-    q_fn: vectors f[..., D] -> logits f32[..., V], or f32[..., Vd] with a vocabulary.
+    teacher: of the tape.
+    q_fn: vectors f[..., D] -> logits of the drafted tokens, f32[..., V] or f32[..., Vd].
     vectors: f[B, T, D].
     ahead: which token row t drafts.
     divergence: between the laws; None learns the tokens of the text.
-    vocabulary: of drafts, or None.
   """
   assert tape.hidden is not None
-  teacher, _ = shift_left(tape.hidden, ahead - 1, tape.segments)
-  labels, _ = shift_left(tape.tokens, ahead, tape.segments)
+
+  def ahead_of(x, num):
+    return jax.tree.map(lambda a: shift_left(a, num, tape.segments)[0], x)
+
+  labels = ahead_of(tape.tokens, ahead)
   comparison = losses.compare(
-    target.unembed,
+    teacher.p_fn,
     q_fn,
-    teacher,
+    ahead_of(tape.hidden, ahead - 1),
     vectors,
     divergence=divergence or losses.forward_kl,
     labels=labels if divergence is None else None,
-    keep=None if vocabulary is None else vocabulary.ids[...],
+    keep=teacher.keep,
+    summary=ahead_of(teacher.summary, ahead - 1),
   )
-  return Depth(comparison, supervised(tape, ahead), vocabulary is not None)
+  return Depth(comparison, supervised(tape, ahead), teacher.keep is not None)
 
 
 def total_loss(depths: Sequence[Depth], position_weights: Sequence[float] | np.ndarray) -> Loss:

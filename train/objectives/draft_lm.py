@@ -95,9 +95,8 @@ def make_objective(
   def loss(head, target, tape, rng_key, step) -> Loss:
     del rng_key, step
     hidden = head(tape.tokens, tape.positions, tape.mask()).hidden
-    depth = _heads.compare_at(
-      tape, target, head.draft_logits, hidden, 1, loss_between, head.vocabulary
-    )
+    teacher = _heads.teach(tape, target, head.vocabulary)
+    depth = _heads.compare_at(tape, teacher, head.draft_logits, hidden, 1, loss_between)
     return _heads.total_loss([depth], [1.0])
 
   def rewrite(head, target, batch, rng_key, step) -> Batch:

@@ -56,8 +56,9 @@ def make_objective(
     inputs = tape.hidden + spread.astype(tape.hidden.dtype)
     states = unroll(head, inputs, embedded, tape.positions, tape.mask())
     states = [states[0], *(jax.lax.stop_gradient(state) for state in states[1:])]
+    teacher = _heads.teach(tape, target)
     depths = [
-      _heads.compare_at(tape, target, target.unembed, state, k + 2, loss_between)
+      _heads.compare_at(tape, teacher, target.unembed, state, k + 2, loss_between)
       for k, state in enumerate(states)
     ]
     following, ok = shift_left(tape.hidden, 1, tape.segments)

@@ -77,10 +77,9 @@ def make_objective(
     start = head.start(ModelOutput(tape.hidden, tape.taps))
     embedded = [_heads.embed_ahead(target, tape, k) for k in range(1, steps + 1)]
     states = unroll(head, start, embedded, tape.positions, tape.mask())
+    teacher = _heads.teach(tape, target, head.vocabulary)
     depths = [
-      _heads.compare_at(
-        tape, target, head.draft_logits, state, k + 2, loss_between, head.vocabulary
-      )
+      _heads.compare_at(tape, teacher, head.draft_logits, state, k + 2, loss_between)
       for k, state in enumerate(states)
     ]
     return _heads.total_loss(depths, losses.geometric_weights(steps, decay))

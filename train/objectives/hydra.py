@@ -68,14 +68,14 @@ def make_objective(
       site = attention_site(head.config.prefix, tape.positions, tape.mask())
       feature, _ = head.prefix(feature, site)
     embedded = [_heads.embed_ahead(target, tape, k) for k in range(1, num_heads + 1)]
-    depths = []
+    teacher, depths = _heads.teach(tape, target, head.vocabulary), []
     for k in range(1, num_heads + 1):
       known = jnp.stack(embedded[:k], axis=2)
       drop = _dropout(jax.random.fold_in(rng_key, k), dropout)
       depths.append(
         _heads.compare_at(
-          tape, target, lambda x, k=k: head.project(target, x, k),
-          head.vector(feature, known, k, drop), k + 1, loss_between, head.vocabulary,
+          tape, teacher, lambda x, k=k: head.project(target, x, k),
+          head.vector(feature, known, k, drop), k + 1, loss_between,
         )
       )  # fmt: skip
     return _heads.total_loss(depths, [decay**k for k in range(num_heads)])

@@ -44,7 +44,8 @@ def make_objective(
     del rng_key, step
     site = attention_site(head.config.layer, tape.positions, tape.mask())
     y, _ = head(tape.taps[f'layer_{exit_layer}'], site)
-    depth = _heads.compare_at(tape, target, target.unembed, y, 1, loss_between)
+    teacher = _heads.teach(tape, target)
+    depth = _heads.compare_at(tape, teacher, target.unembed, y, 1, loss_between)
     return _heads.total_loss([depth], [1.0])
 
   def make_drafter(head, target):

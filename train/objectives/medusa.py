@@ -53,10 +53,11 @@ def make_objective(
   def loss(head, target, tape, rng_key, step) -> Loss:
     del rng_key, step
     vectors = head.vectors(tape.hidden)
+    teacher = _heads.teach(tape, target, head.vocabulary)
     depths = [
       _heads.compare_at(
-        tape, target, lambda x, k=k: head.project(target, x, k), vectors[:, :, k], k + 2,
-        loss_between, head.vocabulary,
+        tape, teacher, lambda x, k=k: head.project(target, x, k), vectors[:, :, k], k + 2,
+        loss_between,
       )
       for k in range(num_heads)
     ]  # fmt: skip
