@@ -1,7 +1,7 @@
 """A target tuned so that Jacobi decoding takes fewer calls (CLLM).
 
   python -m train.trajectories --model runs/tiny_target/export --data stdlib pydoc \
-    --num 2000 --out runs/tiny_cllm.jsonl
+    --num 640 --out runs/tiny_cllm.jsonl
   python -m train.main --config tiny_cllm --workdir runs/tiny_cllm
 
 Expect RESULT.

@@ -1,7 +1,7 @@
 """As `tiny_cllm`, with unsettled windows in front of a window (Jacobi Forcing).
 
   python -m train.trajectories --model runs/tiny_target/export --data stdlib pydoc \
-    --num 2000 --choose progressive --noise-windows 4 --out runs/tiny_jacobi_forcing.jsonl
+    --num 640 --choose progressive --noise-windows 4 --out runs/tiny_jacobi_forcing.jsonl
   python -m train.main --config tiny_jacobi_forcing --workdir runs/tiny_jacobi_forcing
 
 Expect RESULT.
