@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# The compilers of libtpu and CUDA, about 6 GB; only `make aot` looks here.
+AOT_VENV ?= .venv-aot
 ARGS ?=
 # Test processes, one a core. A file's tests stay together: they share what they compile.
 JOBS ?= auto
@@ -16,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-real interop lint format bench clean
+.PHONY: help quickstart test test-slow test-real interop lint format bench aot gpu-check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,8 +55,14 @@ bench: $(VENV)/.installed-dev  ## run every experiments/bench_*.py
 	  $(BIN)/python -m "experiments.$$name" $(ARGS) || exit 1; \
 	done
 
+aot: $(AOT_VENV)/.installed  ## compile the kernels for TPUs and an H200 that need not be there
+	$(AOT_VENV)/bin/python -m experiments.aot_kernels --out results/aot $(ARGS)
+
+gpu-check:  ## on a GPU, with the jax of $(PYTHON): are the kernels right, and how fast
+	$(PYTHON) -m experiments.gpu_check $(ARGS)
+
 clean:  ## remove the environment, builds and caches; results and weights stay
-	rm -rf $(VENV) .cache/jax .jax_cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(AOT_VENV) .cache/jax .jax_cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Stamps: an install runs again only when pyproject.toml has changed since.
@@ -82,4 +90,10 @@ $(VENV)/.installed-interop: pyproject.toml $(VENV)/.installed-dev
 	@$(PIP) --isolated --retries 0 --index-url $(TORCH_INDEX) 'torch>=2.6' 2>/dev/null || \
 	  echo "No PyTorch from $(TORCH_INDEX): taking the default one, a larger download"
 	@$(PIP) -e '.[interop]'
+	@touch $@
+
+$(AOT_VENV)/.installed: pyproject.toml
+	@echo "Installing decodax[aot] into $(AOT_VENV): the compilers of libtpu and CUDA, about 6 GB"
+	@$(PYTHON) -m venv $(AOT_VENV)
+	@$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[aot]'
 	@touch $@

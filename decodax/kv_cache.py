@@ -4,12 +4,14 @@ Axes: `L` layers, `B` batch, `Hkv` key/value heads, `S` slots, `N` nodes of a bl
 path, `Dh` head size. Slot order carries no meaning; `positions` says where a slot's token stands.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from pallas_kernels.commit import append
+from pallas_kernels.commit import commit
 
 SLOT_BLOCK = 128  # attention reads the cache in blocks of this many slots
 
@@ -66,16 +68,12 @@ def commit_kv(cache: KVCache, block: KVBlock, path: jax.Array, count: jax.Array)
     path: i32[B, K], indices into the block's nodes.
     count: i32[B], how many of them are kept; 0 leaves the row as it was.
   """
-  index = path[None, :, None, :, None]
-
-  def kept(nodes):
-    return jnp.take_along_axis(nodes, index, axis=3, mode='clip')
-
+  where = (path, cache.length, count)
   positions = jnp.take_along_axis(block.positions, path, axis=1, mode='clip')
   return KVCache(
-    keys=_append(cache.keys, kept(block.keys), cache.length, batch_axis=1, slot_axis=3),
-    values=_append(cache.values, kept(block.values), cache.length, batch_axis=1, slot_axis=3),
-    positions=_append(cache.positions, positions, cache.length, batch_axis=0, slot_axis=1),
+    keys=commit(cache.keys, block.keys, *where),
+    values=commit(cache.values, block.values, *where),
+    positions=append(cache.positions, positions, cache.length, batch_axis=0, slot_axis=1),
     length=cache.length + count,
   )
 
@@ -87,26 +85,3 @@ def write_kv_block(scratch: KVBlock, block: KVBlock, offset: jax.Array | int) ->
     values=lax.dynamic_update_slice_in_dim(scratch.values, block.values, offset, 3),
     positions=lax.dynamic_update_slice_in_dim(scratch.positions, block.positions, offset, 1),
   )
-
-
-def _append(slots, nodes, length, *, batch_axis, slot_axis):
-  """Returns `slots` with each row's `nodes` written at its length i32[B].
-
-  On CPU row by row: there a batched write becomes a scatter that rewrites the whole cache.
-  """
-
-  def write(row, slots, nodes, length):
-    start = [0] * slots.ndim
-    start[batch_axis], start[slot_axis] = row, length[row]
-    own = lax.dynamic_slice_in_dim(nodes, row, 1, batch_axis)
-    return lax.dynamic_update_slice(slots, own, start)
-
-  def row_by_row(slots, nodes, length):
-    return lax.fori_loop(0, len(length), lambda b, s: write(b, s, nodes, length), slots)
-
-  def at_once(slots, nodes, length):
-    update = functools.partial(lax.dynamic_update_slice_in_dim, axis=slot_axis - 1)
-    axes = (batch_axis, batch_axis, 0)
-    return jax.vmap(update, in_axes=axes, out_axes=batch_axis)(slots, nodes, length)
-
-  return lax.platform_dependent(slots, nodes, length, cpu=row_by_row, default=at_once)

@@ -7,11 +7,17 @@ Axes: `B` batch, `N` nodes, `V` vocabulary. Functions take logits f32[B, ..., V]
 of shape [B].
 """
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from decodax.types import Sampling
+from pallas_kernels.dispatch import Kernel
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.verify import verify
+from pallas_kernels.verify import why_not
 
 
 def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -25,19 +31,58 @@ def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
   Source: The Curious Case of Neural Text Degeneration, arXiv:1904.09751 (top-p); Turning Up the
   Heat, arXiv:2407.01082 (min-p).
   """
-  greedy = _rows(sampling.temperature == 0, logits)
-  temperature = _rows(jnp.where(sampling.temperature == 0, 1, sampling.temperature), logits)
-  warped = logits / temperature.astype(logits.dtype)
+  filters = (sampling.top_k, sampling.top_p, sampling.min_p)
+  if all(values is None for values in filters):
+    return _warp_in_passes(logits, sampling)
+
+  nodes = logits.reshape(logits.shape[0], -1, logits.shape[-1])
+
+  def load(name):
+    return Kernel(functools.partial(_warp_at_once, name), why_not(name, nodes))
+
+  return dispatch('warp', None, (logits, sampling), xla=_warp_in_passes, load=load)
+
+
+def _warp_in_passes(logits, sampling):
+  """Warps by one pass over the logits for every step of a search for a threshold."""
+  warped = logits / _divisor(logits, sampling)
   if sampling.top_k is not None:
     warped = _when_any(sampling.top_k > 0, _keep_top_k, warped, sampling.top_k)
   if sampling.top_p is not None:
     warped = _when_any(sampling.top_p < 1, _keep_top_p, warped, sampling.top_p)
   if sampling.min_p is not None:
     warped = _when_any(sampling.min_p > 0, _keep_min_p, warped, sampling.min_p)
-  first_best = argmax(logits)[..., None]
-  index = lax.broadcasted_iota(first_best.dtype, logits.shape, logits.ndim - 1)
-  one_hot = jnp.where(index == first_best, 0, -jnp.inf).astype(logits.dtype)
-  return jnp.where(greedy, one_hot, warped)
+  return _or_first_best(warped, argmax(logits), sampling)
+
+
+def _warp_at_once(implementation, logits, sampling):
+  """Warps with thresholds from a kernel that reads the logits once."""
+  nodes = logits.reshape(logits.shape[0], -1, logits.shape[-1])
+  found = verify(
+    nodes,
+    jnp.zeros((*nodes.shape[:2], 1), jnp.int32),
+    temperature=sampling.temperature,
+    top_k=sampling.top_k,
+    top_p=sampling.top_p,
+    min_p=sampling.min_p,
+    implementation=implementation,
+  )
+  shape = logits.shape[:-1]
+  warped = logits / _divisor(logits, sampling)
+  warped = jnp.where(warped >= found.floor.reshape(*shape, 1), warped, -jnp.inf)
+  return _or_first_best(warped, found.argmax.reshape(shape), sampling)
+
+
+def _divisor(logits, sampling):
+  temperature = jnp.where(sampling.temperature == 0, 1, sampling.temperature)
+  return _rows(temperature, logits).astype(logits.dtype)
+
+
+def _or_first_best(warped, first_best, sampling):
+  """Returns the warped logits, of rows at temperature 0 all but the first best at -inf."""
+  index = lax.broadcasted_iota(first_best.dtype, warped.shape, warped.ndim - 1)
+  one_hot = jnp.where(index == first_best[..., None], 0, -jnp.inf).astype(warped.dtype)
+  return jnp.where(_rows(sampling.temperature == 0, warped), one_hot, warped)
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | None) -> jax.Array:

@@ -13,8 +13,8 @@ import numpy as np
 from decodax.types import DraftShape
 from decodax.types import Proposal
 from decodax.types import Verdict
-
-_WORD = 32  # bits of a packed word
+from pallas_kernels.masks import pack_mask
+from pallas_kernels.masks import unpack_mask
 
 
 def chain_parents(batch_size: int, num_nodes: int) -> jax.Array:
@@ -70,20 +70,12 @@ def pack_ancestors(mask: jax.Array) -> jax.Array:
   Bit j % 32 of word j // 32 of node i tells whether node j is i itself or an ancestor of it: an
   eighth of the memory of booleans, which is what a kernel wants to read.
   """
-  num_nodes = mask.shape[-1]
-  num_words = -(-num_nodes // _WORD)
-  mask = jnp.pad(mask, ((0, 0), (0, 0), (0, num_words * _WORD - num_nodes)))
-  bits = mask.reshape(*mask.shape[:2], num_words, _WORD).astype(jnp.uint32)
-  shifts = jnp.arange(_WORD, dtype=jnp.uint32)[None, None, None]
-  return lax.bitcast_convert_type((bits << shifts).sum(-1, dtype=jnp.uint32), jnp.int32)
+  return pack_mask(mask)
 
 
 def unpack_ancestors(words: jax.Array, num_nodes: int) -> jax.Array:
   """Returns bool[B, N, N], the ancestor mask that `pack_ancestors` made i32[B, N, W] of."""
-  words = lax.bitcast_convert_type(words, jnp.uint32)[..., None]
-  shifts = jnp.arange(_WORD, dtype=jnp.uint32)[None, None, None]
-  bits = (words >> shifts) & 1
-  return bits.reshape(*words.shape[:2], -1)[..., :num_nodes] > 0
+  return unpack_mask(words, num_nodes)
 
 
 def path_table(parents: jax.Array, max_depth: int) -> jax.Array:

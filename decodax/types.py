@@ -148,10 +148,8 @@ class Candidates(enum.Enum):
   # the same token twice; node order is the order of the draws
   COMPETING = 'competing'  # as WITHOUT_REPLACEMENT, but branches compete for nodes: whether a node
   # exists depends on tokens in other branches (stochastic beams, node budgets)
-  CARRIED = (
-    'carried'  # as SAMPLED, but a rejected round's drafts may stay: for rules whose decision
-  )
-  # on a draft does not depend on drafts below it
+  CARRIED = 'carried'  # as SAMPLED, but drafts of a rejected round may stay: for rules whose
+  # decision on a draft does not depend on drafts below it
   TOP_AND_ONE = 'top_and_one'  # the most probable tokens, then one child drawn from the node's law,
   # in which those tokens have the logit -inf
 
@@ -237,6 +235,7 @@ class Result(enum.IntEnum):
   LENGTH = 2  # emitted max_new_tokens
   CAPACITY = 3  # its row of the token buffer is full
   NON_FINITE = 4  # the target's logits were NaN or infinite; the round was dropped
+  UNSATISFIABLE = 5  # a constraint on the output that nothing can meet any more
 
 
 class Stats(NamedTuple):

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -250,7 +251,14 @@ def load_setup(args: argparse.Namespace, progress: Callable[[str], None]) -> Set
   draft = None if args.draft is None else _load(args.draft, progress)
   with user_errors():
     head = None if args.head is None else load_head(args.head, target.transformer)
-  return Setup(target, draft, args.num_drafts, args.exit_layer, head)
+  texts = functools.partial(_sample_texts, target)
+  return Setup(target, draft, args.num_drafts, args.exit_layer, head, texts)
+
+
+def _sample_texts(target):
+  """Returns the project's own prompts as token ids, as far as they fit the model."""
+  texts = [encode_prompt(target.tokenizer, prompt.text) for prompt in read_prompts(DEFAULT_PROMPTS)]
+  return [text for text in texts if len(text) <= target.transformer.config.max_position]
 
 
 def _load(name, progress):

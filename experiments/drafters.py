@@ -11,6 +11,7 @@ Expect about an hour on two CPU cores, a table for each temperature, and tables,
 drafters.json in WORKDIR/drafters. What the columns mean: docs/drafters.md.
 """
 
+import argparse
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -22,6 +23,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from decodax import drafters
 from decodax import verifiers
@@ -85,7 +87,7 @@ def _main(argv):
   console = make_console()
   with cli.user_errors():
     for name in (TARGET, *chosen):
-      if not train(name, args.workdir, args.num_steps, console):
+      if not train(name, args, console):
         return 1
   if args.train_only:
     return 0
@@ -134,6 +136,9 @@ def _parser():
   parser.add_argument(
     '--num-steps', type=cli.at_least(1), metavar='N', help="of every head (default: the config's)"
   )
+  parser.add_argument(
+    '--batch-size', type=cli.at_least(1), metavar='B', help='rows a step of every head'
+  )
   parser.add_argument('--train-only', action='store_true', help='train, and stop')
   parser.add_argument(
     '--nodes', type=cli.at_least(2), default=5, metavar='N', help='verified a round (default 5)'
@@ -166,7 +171,9 @@ def choose_heads(text: str | None) -> list[str]:
 # --- Training ------------------------------------------------------------------------------------
 
 
-def head_config(name: str, workdir: pathlib.Path, num_steps: int | None) -> TrainConfig:
+def head_config(
+  name: str, workdir: pathlib.Path, num_steps: int | None, batch_size: int | None
+) -> TrainConfig:
   """Returns the configuration of a head, its paths under `workdir`, all on the same rows."""
 
   def moved(value):
@@ -182,6 +189,8 @@ def head_config(name: str, workdir: pathlib.Path, num_steps: int | None) -> Trai
   }
   if name != TARGET:
     changes['data'] = dataclasses.replace(config.data, directory=str(workdir / 'data'))
+    if batch_size is not None:
+      changes['batch_size'] = batch_size
     if num_steps is not None:
       changes['num_steps'] = num_steps
       every = dataclasses.replace(config.checkpoint, every=max(num_steps // 2, 1))
@@ -189,13 +198,14 @@ def head_config(name: str, workdir: pathlib.Path, num_steps: int | None) -> Trai
   return dataclasses.replace(config, **changes)
 
 
-def train(name: str, workdir: pathlib.Path, num_steps: int | None, console) -> bool:
+def train(name: str, args: argparse.Namespace, console: Console) -> bool:
   """Trains a configuration unless that was done; returns whether it is there."""
-  folder = workdir / name
+  folder = args.workdir / name
   if (folder / 'export' / 'config.json').exists():
     return True
   console.print(f'training {name}', style='bold')
-  return Run(head_config(name, workdir, num_steps), folder).train() is Outcome.FINISHED
+  config = head_config(name, args.workdir, args.num_steps, args.batch_size)
+  return Run(config, folder).train() is Outcome.FINISHED
 
 
 def _training_facts(folder):

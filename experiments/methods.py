@@ -6,15 +6,18 @@ drafted by the trained head or the draft model if there is one, else by the targ
 and have the same number of nodes, so that they can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
+import numpy as np
 
 import decodax
+from decodax import controllers
 from decodax import drafters
 from decodax import static_trees
 from decodax import verifiers
+from decodax.controllers import Controller
 from decodax.drafters.expander import Expander
 from decodax.types import Candidates
 from decodax.types import DecodeState
@@ -23,6 +26,7 @@ from decodax.types import Model
 from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
+from experiments.laws import acceptance_by_rank
 from models.adapter import as_model
 from models.heads import head_expander
 from models.heads import head_taps
@@ -41,6 +45,7 @@ class Setup(NamedTuple):
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
   head: LoadedHead | None = None  # trained for the target
+  sample_texts: Callable[[], Sequence[Sequence[int]]] | None = None  # to measure acceptance on
 
 
 class Decoder(NamedTuple):
@@ -88,6 +93,25 @@ def _early_exit(setup: Setup) -> Decoder:
   exit_model = as_model(transformer, exit_layer=_exit_layer(setup))
   # With so many layers a draft is dear: one of them pays best.
   return _decoder(setup, drafters.early_exit(exit_model, num_drafts=setup.num_drafts or 1))
+
+
+def _controlled(make: Callable[[Setup], Controller]) -> Callable[[Setup], Decoder]:
+  """Returns how to build an early exit that drafts as long as a controller lets it."""
+
+  def build(setup):
+    exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
+    num_drafts = setup.num_drafts or _MAX_DRAFTS
+    drafter = drafters.early_exit(exit_model, num_drafts=num_drafts, controller=make(setup))
+    return _decoder(setup, drafter)
+
+  return build
+
+
+def _online(setup):
+  share = _exit_layer(setup) / setup.target.transformer.config.num_layers
+  times = controllers.cost_ratio_times(share, setup.num_drafts or _MAX_DRAFTS)
+  lengths = [n for n in (0, 1, 2, 4) if n < len(times)]
+  return controllers.online(times[np.asarray(lengths)], lengths=lengths)
 
 
 def _draft_model(setup: Setup) -> Decoder:
@@ -169,6 +193,7 @@ def _blank_id(loaded):
   return loaded.eos_ids[0] if loaded.eos_ids else 0
 
 
+_MAX_DRAFTS = 4  # of a controlled early exit
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
 _TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
@@ -179,6 +204,15 @@ def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
     return drafters.static_tree(expander, _TREE, candidates=candidates)
 
   return _tree(make)
+
+
+def _sequoia_tree(setup: Setup) -> Decoder:
+  if setup.sample_texts is None:
+    raise ValueError('sequoia-tree needs texts to measure the acceptance on: Setup.sample_texts')
+  texts, exit_layer = setup.sample_texts(), _exit_layer(setup)
+  acceptance = acceptance_by_rank(setup.target, texts, draft=setup.draft, exit_layer=exit_layer)
+  tree = static_trees.sequoia(acceptance, _TREE.num_nodes, max_depth=3)
+  return _tree(lambda expander: drafters.static_tree(expander, tree))(setup)
 
 
 def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
@@ -250,6 +284,16 @@ _ENTRIES = (
     Candidates.SAMPLED, _CHAIN_RULES,
   ),
   _Entry(
+    'early-exit-confidence', 'early exit, until a draft is unsure (0.6)',
+    _controlled(lambda setup: controllers.confidence()), Candidates.SAMPLED,
+    (verifiers.coupled, verifiers.speculative), by_default=False,
+  ),
+  _Entry(
+    'early-exit-online', 'early exit, while the acceptance learned so far pays',
+    _controlled(_online),
+    Candidates.SAMPLED, (verifiers.coupled, verifiers.speculative), by_default=False,
+  ),
+  _Entry(
     'draft-model', 'a smaller model with the same vocabulary drafts', _draft_model,
     Candidates.SAMPLED, _CHAIN_RULES, needs_draft=True,
   ),
@@ -261,6 +305,10 @@ _ENTRIES = (
     'static-tree', 'a fixed tree of the likeliest tokens',
     _static_tree(Candidates.DETERMINISTIC), Candidates.DETERMINISTIC,
     (verifiers.coupled, verifiers.typical()), by_default=False,
+  ),
+  _Entry(
+    'sequoia-tree', 'the best fixed tree for the acceptance measured on our prompts',
+    _sequoia_tree, Candidates.DETERMINISTIC, by_default=False,
   ),
   _Entry(
     'sampled-tree', 'a fixed tree drawn without replacement (RSD-C)',

@@ -80,6 +80,8 @@ class Objective(NamedTuple):
   made: on-policy text. No gradient passes."""
   needs_target: bool = True
   is_target: bool = False  # the head is a target tuned: it is exported as a model
+  describe: Callable[[Any], Mapping[str, Any]] | None = None
+  """(model) -> what the config.json of an exported model without a target is to say besides."""
 
 
 def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:

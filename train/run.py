@@ -284,9 +284,11 @@ class Run:
     facts = {**self._facts(), 'step': step}
     directory = self.workdir / 'export'
     if not self.objective.needs_target or self.objective.is_target:
+      more = {} if self.objective.describe is None else self.objective.describe(head)
       export.save_language_model(
-        directory, head, tokenizer_directory=self._tokenizer_directory(), facts={'decodax': facts}
-      )
+        directory, head, tokenizer_directory=self._tokenizer_directory(),
+        facts={**more, 'decodax': facts},
+      )  # fmt: skip
       return
     export.save_head(
       directory, head, objective=self.config.objective, options=self.config.options, facts=facts

@@ -18,6 +18,8 @@ import pydoc_data.topics
 import sysconfig
 from typing import Any, NamedTuple
 
+from train import list_tasks
+
 _TEXT_SUFFIXES = ('.txt', '.md', '.rst', '.py')
 _FIELDS = 'text; prompt and response; messages; conversations; token_ids and loss_mask'
 _ROLES = {
@@ -177,7 +179,7 @@ def _parse_ids(record, where):
   return Document(where, token_ids=tuple(ids), loss_mask=tuple(bool(each) for each in mask))
 
 
-# --- Corpora on every machine with Python --------------------------------------------------------
+# --- Corpora that need no download ---------------------------------------------------------------
 
 
 def _standard_library() -> Iterator[Document]:
@@ -197,7 +199,16 @@ def _language_reference() -> Iterator[Document]:
     yield Document(f'pydoc topic {name}', text=text)
 
 
+def _list_tasks() -> Iterator[Document]:
+  """Yields questions about lists with their answers, as token ids of `train.list_tasks`."""
+  for index, example in enumerate(list_tasks.examples(list_tasks.NUM_DOCUMENTS, seed=0)):
+    prompt, canvas = list_tasks.to_ids(example.prompt), list_tasks.canvas_of(example)
+    mask = (False,) * len(prompt) + (True,) * len(canvas)
+    yield Document(f'list task {index}', token_ids=(*prompt, *canvas), loss_mask=mask)
+
+
 CORPORA: dict[str, Callable[[], Iterator[Document]]] = {
   'stdlib': _standard_library,
   'pydoc': _language_reference,
+  'list_tasks': _list_tasks,
 }

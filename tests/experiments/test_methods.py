@@ -15,7 +15,8 @@ from train.objective import get_objective
 
 @pytest.fixture(scope='module')
 def setup(tiny_model, tiny_draft):
-  return Setup(load_model(tiny_model), load_model(tiny_draft))
+  texts = [list(range(20, 60)), [7, 9] * 20]
+  return Setup(load_model(tiny_model), load_model(tiny_draft), sample_texts=lambda: texts)
 
 
 @pytest.fixture(scope='module')
@@ -69,3 +70,15 @@ def test_a_draft_model_of_another_vocabulary_is_refused(setup):
     METHODS['draft-model'].build(setup._replace(draft=None))
   with pytest.raises(ValueError, match='give --head'):
     METHODS['trained-head'].build(setup._replace(head=None))
+
+
+def test_the_sequoia_tree_follows_what_was_measured(setup):
+  # Without a draft model the last layers draft, and the first candidate is nearly always right.
+  certain = setup._replace(draft=None, exit_layer=setup.target.transformer.config.num_layers)
+  shape = METHODS['sequoia-tree'].build(certain).drafter.shape
+  assert (
+    shape.max_depth == 3
+    and shape.num_nodes == METHODS['static-tree'].build(setup).drafter.shape.num_nodes
+  )
+  with pytest.raises(ValueError, match='sample_texts'):
+    METHODS['sequoia-tree'].build(setup._replace(sample_texts=None))

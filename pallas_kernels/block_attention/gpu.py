@@ -1,0 +1,506 @@
+"""The GPU kernel of block attention, for Hopper (Mosaic GPU: TMA, wgmma, warpgroups).
+
+A thread block is one split of one row's slots for one key head and a tile of its queries. One
+warpgroup fetches keys and values into a ring of buffers in shared memory, one or two multiply;
+the first split begins with the block itself. What the splits found is merged outside. A
+contiguous cache and a paged one differ in where a tile is fetched from, and in nothing else.
+
+Axes: `B` batch, `T` queries, `N` block tokens, `S` cache slots, `P` pages, `L` layers, `Hkv`
+key/value heads, `G` query heads a key head, `R` rows of queries (G * T, padded), `Dh` head size,
+`W` words of bits, `Z` splits.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.block_attention import block_sizes
+from pallas_kernels.block_attention.reference import MASKED
+from pallas_kernels.block_attention.reference import Prefix
+from pallas_kernels.block_attention.reference import group_queries
+from pallas_kernels.block_attention.reference import ungroup
+from pallas_kernels.block_attention.rows import narrow_mask
+from pallas_kernels.block_attention.rows import needed_blocks
+from pallas_kernels.block_attention.rows import round_up
+from pallas_kernels.block_attention.rows import spread_rows
+from pallas_kernels.dispatch import device_kind
+from pallas_kernels.masks import WORD
+from pallas_kernels.masks import pack_mask
+
+_TILE = 64  # rows of queries of one warpgroup: the height of a wgmma
+_LOG2E = math.log2(math.e)
+_BY_ROW, _BY_LANE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def why_not(queries: jax.Array, keys: jax.Array, prefix: Prefix | None) -> str | None:
+  """Returns what keeps the kernel from this problem, or None if it can do it."""
+  if queries.dtype not in (jnp.bfloat16, jnp.float16) or keys.dtype != queries.dtype:
+    return f'wgmma takes bfloat16 or float16, all alike: {queries.dtype=}, {keys.dtype=}'
+  if queries.shape[3] % 16 or queries.shape[3] > 256:
+    return f'a head has a multiple of 16 elements, at most 256: {queries.shape=}'
+  if prefix is not None:
+    if prefix.keys.dtype != queries.dtype:
+      return f'wgmma cannot read a cache of other numbers: {prefix.keys.dtype=}, {queries.dtype=}'
+    if prefix.keys.shape[3] % 64:
+      what = 'cache' if prefix.page_table is None else 'page'
+      return f'a {what} must hold a multiple of 64 slots: {prefix.keys.shape=}'
+  return None
+
+
+class _Call(NamedTuple):
+  """What is static about one call."""
+
+  sizes: block_sizes.GpuBlockSizes
+  num_groups: int  # warpgroups that multiply
+  num_queries: int  # rows that are not padding
+  num_kv_heads: int
+  head_dim: int
+  num_own: int  # tiles of the block itself
+  num_words: int  # W
+  per_page: int | None  # tiles of a page; None if the cache is contiguous
+  windowed: bool
+  has_prefix: bool
+  soft_cap: float | None
+  dtype: Any
+  interpreted: bool
+
+
+class _Inputs(NamedTuple):
+  """What the kernel reads; absent parts are None."""
+
+  queries: Any  # f[B * Hkv, R, Dh]
+  keys: Any  # f[B * Hkv, N, Dh]
+  values: Any
+  words: Any  # i32[B, W, R]
+  key_slots: Any = None  # f[L * B * Hkv, S, Dh] or f[L * P * Hkv, page, Dh]
+  value_slots: Any = None
+  first: Any = None  # i32[1] index of the layer's first row of slots
+  length: Any = None  # i32[B]
+  count: Any = None  # i32[B] tiles of the prefix that a row reads
+  page_table: Any = None  # i32[B, S / page]
+  tiles: Any = None  # i32[B, S / block] which tiles, under a window
+  lowest: Any = None  # i32[B, R] a query sees positions greater than this
+  positions: Any = None  # i32[B, S]
+
+
+class _Scratch(NamedTuple):
+  """Shared memory and barriers."""
+
+  queries: Any  # [groups, 64, Dh], and then the output
+  keys: Any  # [stages, block, Dh]
+  values: Any
+  peaks: Any  # f32[groups, 64]
+  key_ready: Any
+  value_ready: Any
+  query_ready: Any
+  key_used: Any
+  value_used: Any
+  cleared: Any
+
+
+def block_attention_gpu(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  mask: jax.Array,
+  prefix: Prefix | None = None,
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+  window: jax.Array | None = None,
+  query_positions: jax.Array | None = None,
+  key_positions: jax.Array | None = None,
+  sizes: 'block_sizes.GpuBlockSizes | None' = None,
+  interpret: Any = None,
+) -> jax.Array:
+  """Returns f[B, T, H, Dh]; see `block_attention`.
+
+  Args:
+    sizes: block sizes; None looks them up for the device.
+    interpret: as `plgpu.kernel` takes it.
+
+  Source: FlashAttention-3, arXiv:2407.08608, section 3.1 (producer and consumer warpgroups); splits
+  and their merging as in Flash-Decoding.
+  """  # fmt: skip
+  batch, num_queries, num_heads, head_dim = queries.shape
+  num_kv_heads, num_tokens = keys.shape[1:3]
+  group = num_heads // num_kv_heads
+  num_groups = 1 if num_queries * group <= _TILE else 2
+  num_rows = round_up(num_queries * group, _TILE * num_groups)
+  if sizes is None:
+    page = None if prefix is None or prefix.page_table is None else prefix.keys.shape[3]
+    num_blocks = batch * num_kv_heads * (num_rows // (_TILE * num_groups))
+    num_slots = 0 if prefix is None else prefix.positions.shape[1]
+    sizes = block_sizes.gpu_block_sizes(device_kind(), head_dim, num_blocks, num_slots, page)
+  padded = round_up(num_tokens, sizes.block_kv)
+  if window is not None:
+    mask = narrow_mask(mask, num_tokens, window, query_positions, key_positions)
+  words = pack_mask(mask) if mask.dtype == jnp.bool_ else mask
+  words = jnp.pad(words, [(0, 0), (0, 0), (0, padded // WORD - words.shape[2])])
+  rows = [(0, 0), (0, 0), (0, num_rows - num_queries * group), (0, 0)]
+  tokens = [(0, 0), (0, 0), (0, padded - num_tokens), (0, 0)]
+  call = _Call(
+    sizes=sizes,
+    num_groups=num_groups,
+    num_queries=num_queries * group,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    num_own=padded // sizes.block_kv,
+    num_words=words.shape[2],
+    per_page=None if prefix is None or prefix.page_table is None
+    else prefix.keys.shape[3] // sizes.block_kv,
+    windowed=window is not None and prefix is not None,
+    has_prefix=prefix is not None,
+    soft_cap=soft_cap,
+    dtype=queries.dtype,
+    interpreted=interpret is not None,
+  )  # fmt: skip
+  inputs = _Inputs(
+    queries=_flat(jnp.pad(group_queries(queries, num_kv_heads, scale), rows)),
+    keys=_flat(jnp.pad(keys, tokens)),
+    values=_flat(jnp.pad(values, tokens)),
+    words=spread_rows(words, group, num_rows).transpose(0, 2, 1),
+  )
+  if prefix is not None:
+    lowest = None if window is None else query_positions - window
+    inputs = inputs._replace(**_prefix_inputs(call, prefix, lowest, group, num_rows))
+  mixed, peaks = _run(call, inputs, interpret)
+  mixed = mixed.reshape(-1, batch, num_kv_heads, *mixed.shape[2:])
+  if sizes.num_splits > 1:
+    mixed = _merge(mixed, peaks.reshape(*mixed.shape[:3], -1)[..., : mixed.shape[3]])
+  else:
+    mixed = mixed[0]
+  return ungroup(mixed[:, :, : num_queries * group].astype(queries.dtype), queries.shape)
+
+
+def _flat(array):
+  """Returns f[x, n, Dh], a view with the leading axes as one."""
+  return array.reshape(-1, *array.shape[-2:])
+
+
+def _prefix_inputs(call, prefix, lowest, group, num_rows):
+  block = call.sizes.block_kv
+  wanted = needed_blocks(prefix, block, None if lowest is None else lowest.min(-1))
+  found = dict(
+    key_slots=_flat(prefix.keys),
+    value_slots=_flat(prefix.values),
+    first=(prefix.layer * math.prod(prefix.keys.shape[1:3])).reshape(1),
+    length=prefix.length,
+    count=wanted.sum(1, dtype=jnp.int32),
+    page_table=prefix.page_table,
+  )
+  if lowest is not None:
+    found |= dict(
+      tiles=jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32),
+      lowest=spread_rows(lowest[..., None], group, num_rows)[..., 0],
+      positions=prefix.positions,
+    )
+  return found
+
+
+def _merge(mixed, peaks):
+  """Returns f32[B, Hkv, R, Dh] from the outputs and log2-normalisers of splits, f[Z, B, Hkv, R]."""
+  weight = jnp.exp2(peaks - peaks.max(0, keepdims=True))[..., None]
+  return (mixed.astype(jnp.float32) * weight).sum(0) / weight.sum(0)
+
+
+# --- The call ------------------------------------------------------------------------------------
+
+
+def _run(call, inputs, interpret):
+  """Returns (f[Z, B * Hkv, R', Dh] outputs, f32[Z, B * Hkv, R] log2 of their normalisers)."""
+  present = {name: a for name, a in inputs._asdict().items() if a is not None}
+  num_pairs, num_rows, head_dim = inputs.queries.shape
+  rows_out = _rows_out(call, num_rows)
+  swizzle = plgpu.find_swizzle(head_dim * 16)
+  tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+  sizes, groups = call.sizes, call.num_groups
+
+  def body(*refs):
+    named = dict(zip(present, refs, strict=False))
+    out_refs = refs[len(present) :]
+
+    def scoped(*scratch):
+      _kernel(call, _Inputs(**named), out_refs, _Scratch(*scratch))
+
+    pl.run_scoped(
+      scoped,
+      plgpu.SMEM((groups, _TILE, head_dim), call.dtype, transforms=tiled),
+      plgpu.SMEM((sizes.stages, sizes.block_kv, head_dim), call.dtype, transforms=tiled),
+      plgpu.SMEM((sizes.stages, sizes.block_kv, head_dim), call.dtype, transforms=tiled),
+      plgpu.SMEM((groups, _TILE), jnp.float32),
+      plgpu.Barrier(num_barriers=sizes.stages),
+      plgpu.Barrier(num_barriers=sizes.stages),
+      plgpu.Barrier(num_barriers=groups),
+      plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
+      plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
+      plgpu.Barrier(num_arrivals=groups),
+      collective_axes='group',
+    )
+
+  kernel = plgpu.kernel(
+    body,
+    out_type=(
+      jax.ShapeDtypeStruct((sizes.num_splits, num_pairs, rows_out, head_dim), call.dtype),
+      jax.ShapeDtypeStruct((sizes.num_splits, num_pairs, num_rows), jnp.float32),
+    ),
+    grid=(num_rows // (_TILE * groups), sizes.num_splits, num_pairs),
+    grid_names=('tile', 'split', 'pair'),
+    num_threads=groups + 1,
+    thread_name='group',
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    **({} if interpret is None else {'interpret': interpret}),
+  )
+  return kernel(*present.values())
+
+
+def _rows_out(call, num_rows):
+  """Returns how many rows are written: of a single tile those that hold queries, in eights."""
+  return num_rows if call.num_groups > 1 else round_up(call.num_queries, 8)
+
+
+def _kernel(call, inputs, outs, scratch):
+  group = lax.axis_index('group')
+  pair, split = lax.axis_index('pair'), lax.axis_index('split')
+  row = lax.div(pair, jnp.int32(call.num_kv_heads))
+  num_own = jnp.where(split == 0, call.num_own, 0)
+  low = high = jnp.int32(0)
+  if call.has_prefix:
+    count = inputs.count[row]
+    share = lax.div(count + (call.sizes.num_splits - 1), jnp.int32(call.sizes.num_splits))
+    low = jnp.minimum(split * share, count)
+    high = jnp.minimum(low + share, count)
+
+  @pl.when(group == call.num_groups)
+  def _fetch():
+    if call.num_groups > 1:
+      plgpu.set_max_registers(40, action='decrease')
+    _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high)
+
+  @pl.when(group < call.num_groups)
+  def _multiply():
+    if call.num_groups > 1:
+      plgpu.set_max_registers(232, action='increase')
+    _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, high)
+
+
+def _tile_of(inputs, row, index):
+  """Returns which tile of the row's slots the index-th is that it reads."""
+  return index if inputs.tiles is None else inputs.tiles[row, index]
+
+
+# --- The warpgroup that fetches ------------------------------------------------------------------
+
+
+def _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high):
+  block, stages = call.sizes.block_kv, call.sizes.stages
+
+  def fetch(step, keys, values):
+    slot = lax.rem(step, jnp.int32(stages))
+    for source, buffer, ready, used in (
+      (keys, scratch.keys, scratch.key_ready, scratch.key_used),
+      (values, scratch.values, scratch.value_ready, scratch.value_used),
+    ):
+      pl.when(step >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
+      plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+
+  def own(index, _):
+    where = (pair, pl.ds(index * block, block))
+    fetch(index, inputs.keys.at[where], inputs.values.at[where])
+
+  def prefix(index, _):
+    tile = _tile_of(inputs, row, index)
+    if call.per_page is None:
+      where = (inputs.first[0] + pair, pl.ds(tile * block, block))
+    else:
+      page = inputs.page_table[row, lax.div(tile, jnp.int32(call.per_page))]
+      head = lax.rem(pair, jnp.int32(call.num_kv_heads))
+      offset = lax.rem(tile, jnp.int32(call.per_page)) * block
+      where = (inputs.first[0] + page * call.num_kv_heads + head, pl.ds(offset, block))
+    step = num_own + index - low
+    fetch(step, inputs.key_slots.at[where], inputs.value_slots.at[where])
+
+  lax.fori_loop(0, num_own, own, None)
+  if call.has_prefix:
+    lax.fori_loop(low, high, prefix, None)
+
+  def drain(step, _):  # no barrier goes away before all have passed it
+    slot = lax.rem(step, jnp.int32(stages))
+    plgpu.barrier_wait(scratch.key_used.at[slot])
+    plgpu.barrier_wait(scratch.value_used.at[slot])
+
+  total = num_own + high - low
+  lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+
+# --- The warpgroups that multiply ----------------------------------------------------------------
+
+
+def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, high):
+  block, stages = call.sizes.block_kv, call.sizes.stages
+  first = (lax.axis_index('tile') * call.num_groups + group) * _TILE
+  rows = pl.ds(first, _TILE)
+  queries = scratch.queries.at[group]
+  ready = scratch.query_ready.at[group]
+  plgpu.copy_gmem_to_smem(inputs.queries.at[pair, rows], queries, ready)
+  plgpu.barrier_wait(ready)
+
+  def own(index, carry):
+    visible = functools.partial(
+      _unpack, call, inputs.words, row, rows, index * (block // WORD), block
+    )
+    return _step(call, scratch, queries, lax.rem(index, jnp.int32(stages)), visible, None, carry)
+
+  def prefix(ragged, index, carry):
+    tile = _tile_of(inputs, row, index)
+    slot = lax.rem(num_own + index - low, jnp.int32(stages))
+    left = inputs.length[row] - tile * block  # slots of the tile that are valid
+
+    def visible():
+      ok = None
+      if ragged:
+        ok = _iota(call, (_TILE, block), 1) < left
+      if call.windowed:
+        shape = (_TILE, block)
+        lowest = _load(call, inputs.lowest.at[row, rows], _BY_ROW)
+        positions = _load(call, inputs.positions.at[row, pl.ds(tile * block, block)], _BY_LANE)
+        seen = lax.broadcast_in_dim(positions, shape, [1]) > lax.broadcast_in_dim(
+          lowest, shape, [0]
+        )
+        ok = seen if ok is None else ok & seen
+      return ok
+
+    has_mask = ragged or call.windowed
+    left = left if ragged else None
+    return _step(call, scratch, queries, slot, visible if has_mask else None, left, carry)
+
+  carry = (
+    _cast(call, jnp.full((_TILE,), MASKED, jnp.float32), _BY_ROW),
+    _cast(call, jnp.full((_TILE,), 0, jnp.float32), _BY_ROW),
+    _cast(call, jnp.full((_TILE, call.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA),
+  )
+  carry = lax.fori_loop(0, num_own, own, carry)
+  if call.has_prefix:
+    # Only a row's last tile can be ragged; under a window it is still the last that is listed.
+    whole = lax.div(inputs.length[row], jnp.int32(block))
+    last = _tile_of(inputs, row, jnp.maximum(high - 1, 0))
+    edge = jnp.where((high > low) & (last >= whole), high - 1, high)
+    carry = lax.fori_loop(low, edge, functools.partial(prefix, False), carry)
+    carry = lax.fori_loop(edge, high, functools.partial(prefix, True), carry)
+
+  peak, total, mixed = carry
+  total = jnp.maximum(total, 1e-37)  # nothing at all was read: a split without tiles
+  mixed = mixed / lax.broadcast_in_dim(total, mixed.shape, [0])
+  queries[...] = mixed.astype(call.dtype)
+  scratch.peaks.at[group][...] = peak + jnp.log(total) * _LOG2E
+  plgpu.commit_smem()
+  num_out = min(_TILE, outs[0].shape[2])
+  out = outs[0].at[split, pair, pl.ds(first, num_out)]
+  plgpu.copy_smem_to_gmem(queries.at[pl.ds(0, num_out)], out)
+  plgpu.copy_smem_to_gmem(scratch.peaks.at[group], outs[1].at[split, pair, rows])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _step(call, scratch, queries, slot, visible, left, carry):
+  """Takes one tile of keys and values into the online softmax; peaks are in units of log 2.
+
+  Args:
+    left: i32[], how many slots of the tile are valid, if not all: the others may hold NaN.
+  """
+  peak, total, mixed = carry
+  block = call.sizes.block_kv
+  plgpu.barrier_wait(scratch.key_ready.at[slot])
+
+  def multiply_keys(product):
+    plgpu.wgmma(product, queries, plgpu.transpose_ref(scratch.keys.at[slot], (1, 0)))
+    return product[...]
+
+  scores = pl.run_scoped(multiply_keys, plgpu.ACC((_TILE, block), jnp.float32))
+  plgpu.barrier_arrive(scratch.key_used.at[slot])
+  if call.soft_cap is not None:
+    scores = call.soft_cap * jnp.tanh(scores / call.soft_cap)
+  scores = scores * _LOG2E
+  if visible is not None:
+    scores = jnp.where(visible(), scores, MASKED)
+  new_peak = jnp.maximum(peak, scores.max(axis=1))
+  shrink = jnp.exp2(peak - new_peak)
+  weights = jnp.exp2(scores - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
+  total = total * shrink + weights.sum(axis=1)
+  mixed = mixed * lax.broadcast_in_dim(shrink, mixed.shape, [0])
+  weights = weights.astype(call.dtype)
+  plgpu.barrier_wait(scratch.value_ready.at[slot])
+  values = scratch.values.at[slot]
+  if left is not None:
+    _clear_dead(call, scratch, values, left)
+
+  mixed = _accumulate(call, mixed, weights, values)
+  plgpu.barrier_arrive(scratch.value_used.at[slot])
+  return new_peak, total, mixed
+
+
+def _accumulate(call, mixed, weights, values):
+  """Returns f32[64, Dh], mixed + weights @ values."""
+
+  if call.interpreted:  # the interpreter has no products of what is in registers
+    product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # an ordinary read, which the copy that comes next must not overtake
+    return mixed + product
+
+  def multiply(product):
+    plgpu.wgmma(product, weights, values)
+
+  return pl.run_state(multiply)(plgpu.ACC.init(mixed))
+
+
+def _clear_dead(call, scratch, values, left):
+  """Overwrites the values of dead slots with 0; the warpgroups share the work and wait."""
+  shape, group = (_TILE, call.head_dim), lax.axis_index('group')
+  for index in range(call.sizes.block_kv // _TILE):
+
+    @pl.when(group == index % call.num_groups)
+    def _clear_part(start=index * _TILE):
+      part = values.at[pl.ds(start, _TILE)]
+      content = _cast(call, part[...], plgpu.Layout.WGMMA)
+      alive = start + _iota(call, shape, 0) < left
+      part[...] = jnp.where(alive, content, jnp.zeros_like(content))
+
+  plgpu.commit_smem()
+  if call.num_groups > 1:
+    plgpu.barrier_arrive(scratch.cleared)
+    plgpu.barrier_wait(scratch.cleared)
+
+
+def _unpack(call, words, row, rows, first, block):
+  """Returns bool[64, block], what the rows see of a tile of the block itself."""
+  shape = (_TILE, block)
+  lane, own = _iota(call, shape, 1), None
+  for index in range(block // WORD):
+    word = _load(call, words.at[row, first + index, rows], _BY_ROW)
+    word = lax.broadcast_in_dim(word, shape, [0])
+    own = word if own is None else jnp.where(lane >= index * WORD, word, own)
+  return (lax.shift_right_logical(own, lane & (WORD - 1)) & 1) > 0
+
+
+def _iota(call, shape, axis):
+  return _cast(call, lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
+
+
+def _cast(call, array, layout):
+  """Returns the array spread over the threads as `layout` says; the interpreter has no layouts."""
+  return array if call.interpreted else plgpu.layout_cast(array, layout)
+
+
+def _load(call, ref, layout):
+  if call.interpreted:
+    return ref[...]
+  return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
+
+
+# Up to jax 0.10 `load` wants an index, from 0.11 on it warns of one.
+_NO_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()

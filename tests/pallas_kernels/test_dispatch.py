@@ -1,0 +1,76 @@
+"""Which implementation runs: named, by default, or the best that works."""
+
+import jax
+import pytest
+
+from pallas_kernels import default_implementation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Kernel
+
+
+def _load(reasons):
+  def load(name):
+    reason = reasons.get(name)
+    if isinstance(reason, Exception):
+      raise reason
+    return Kernel(lambda x: f'{name} {x}', reason)
+
+  return load
+
+
+def _run(implementation=None, **reasons):
+  return dispatch.dispatch(
+    'thing', implementation, ('x',), xla=lambda x: f'xla {x}', load=_load(reasons)
+  )
+
+
+def test_a_name_is_obeyed():
+  for name in dispatch.IMPLEMENTATIONS:
+    assert _run(name) == f'{name} x'
+
+
+def test_on_cpu_the_best_is_xla_and_no_kernel_is_loaded():
+  assert _run(tpu=RuntimeError(), gpu=RuntimeError(), interpret=RuntimeError()) == 'xla x'
+
+
+def test_what_was_named_works_or_says_why_not():
+  with pytest.raises(NotImplementedError, match="thing with implementation='tpu': too large"):
+    _run('tpu', tpu='too large')
+  with pytest.raises(NotImplementedError, match="thing has no 'sundial' implementation"):
+    _run('sundial')
+  with pytest.raises(NotImplementedError, match='Pallas cannot be imported: no absl'):
+    _run('gpu', gpu=ImportError('no absl'))
+
+
+def test_the_default_can_be_set_and_comes_back():
+  with default_implementation('interpret'):
+    assert _run() == 'interpret x'
+    assert _run('xla') == 'xla x'
+    with default_implementation(None):
+      assert _run() == 'xla x'
+    assert _run() == 'interpret x'
+  assert _run() == 'xla x'
+  with pytest.raises(ValueError, match="no such implementation: 'sundial'"):
+    with default_implementation('sundial'):
+      pass
+
+
+@pytest.mark.parametrize('backend', ['tpu', 'gpu'])
+def test_a_device_gets_its_kernel_unless_the_kernel_cannot(monkeypatch, backend):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(dispatch, '_is_hopper', lambda: True)
+  taken = {}
+  monkeypatch.setattr(
+    dispatch.lax, 'platform_dependent', lambda *_, default, **branches: taken.update(branches)
+  )
+  _run()
+  assert list(taken) == [{'tpu': 'tpu', 'gpu': 'cuda'}[backend]]
+  assert _run(**{backend: 'too large'}) == 'xla x'
+  assert _run(**{backend: ImportError('no absl')}) == 'xla x'
+  monkeypatch.setattr(dispatch, '_is_partitioned', lambda: True)
+  assert _run() == 'xla x'
+
+
+def test_another_gpu_than_hopper_gets_xla(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert _run() == 'xla x'  # this machine's device has no compute capability
