@@ -224,11 +224,11 @@ def collect_all(
       file.flush()
   partial.replace(path)
   if show:
-    tokens = collector.num_collected * collector.options.window
+    size, calls = collector.options.window, collector.num_rounds
+    rate = collector.num_collected * size / max(calls, 1)
     print(
-      f'{path}: {len(texts)} prompts; now {collector.num_collected} windows of '
-      f'{collector.options.window} tokens in {collector.num_rounds} calls '
-      f'({tokens / max(collector.num_rounds, 1):.2f} tokens/call), {time.perf_counter() - start:.0f} s'
+      f'{path}: {len(texts)} prompts; now {collector.num_collected} windows of {size} tokens in '
+      f'{calls} calls ({rate:.2f} tokens/call), {time.perf_counter() - start:.0f} s'
     )
 
 
