@@ -54,6 +54,9 @@ def _main(argv):
   cli.add_model_options(parser)
   parser.add_argument('--max-new-tokens', type=cli.at_least(1), default=64, metavar='N')
   parser.add_argument('--num-prompts', type=cli.at_least(1), default=6, help='of each category')
+  parser.add_argument(
+    '--from-text', action='store_true', help='sweep: the n-grams of the text count, too'
+  )
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('results/jacobi'))
   args = parser.parse_args(argv)
   args.out.mkdir(parents=True, exist_ok=True)
@@ -82,14 +85,11 @@ def _categories(args):
 
 
 def _some_of_each(num_prompts):
-  """Returns the first prompts of every category."""
+  """Returns the first prompts of every category, one of each in turn."""
   every = [*cli.read_prompts(cli.DEFAULT_PROMPTS), *cli.read_prompts(_EDITING)]
   wanted = [*_CATEGORIES, 'grammar-correction', 'text-editing']
-  return [
-    prompt
-    for category in wanted
-    for prompt in [each for each in every if each.category == category][:num_prompts]
-  ]
+  groups = [[each for each in every if each.category == category] for category in wanted]
+  return [group[index] for index in range(num_prompts) for group in groups if index < len(group)]
 
 
 # --- Copying -----------------------------------------------------------------------------------
@@ -217,32 +217,26 @@ def _source_span(tokenizer, ids, text):
 def _sweep(args, setup):
   """Counts calls over windows and n-gram lengths of lookahead; draws a heat map."""
   tokenizer = setup.target.tokenizer
-  prompts = [cli.encode_prompt(tokenizer, p.text) for p in _some_of_each(1)]
+  prompts = [cli.encode_prompt(tokenizer, p.text) for p in _some_of_each(args.num_prompts)]
   count = functools.partial(count_calls, setup, prompts, max_new_tokens=args.max_new_tokens)
-  rates = {}
-  for from_text in (False, True):
-    grid = np.zeros((len(_NGRAMS), len(_WINDOWS)))
-    for i, ngram in enumerate(_NGRAMS):
-      for j, window in enumerate(_WINDOWS):
-        drafter = drafters.lookahead(
-          window=window, ngram=ngram, num_ngrams=window, from_text=from_text
-        )
-        found = count(drafter)
-        grid[i, j] = sum(map(len, found.tokens)) / found.calls.sum()
-        print(f'{from_text=} {ngram=} {window=}: {grid[i, j]:.3f}', file=sys.stderr, flush=True)
-    rates[from_text] = grid
-  for from_text, grid in rates.items():
-    print(
-      f'\nn-grams of the text {"too" if from_text else "left out"}: tokens/call (block width)\n'
-    )
-    print('| n-gram |', ' | '.join(f'W = G = {window}' for window in _WINDOWS), '|')
-    print('|---|', '---|' * len(_WINDOWS), sep='')
-    for ngram, row in zip(_NGRAMS, grid, strict=True):
-      cells = [f'{v:.2f} ({_width(w, ngram)})' for v, w in zip(row, _WINDOWS, strict=True)]
-      print(f'| {ngram} |', ' | '.join(cells), '|')
-  _heat_map(rates, args.out / 'lookahead_sweep.png')
-  record = {'windows': _WINDOWS, 'ngrams': _NGRAMS}
-  record |= {f'from_text={key}': grid.tolist() for key, grid in rates.items()}
+  grid = np.zeros((len(_NGRAMS), len(_WINDOWS)))
+  for i, ngram in enumerate(_NGRAMS):
+    for j, window in enumerate(_WINDOWS):
+      found = count(
+        drafters.lookahead(window=window, ngram=ngram, num_ngrams=window, from_text=args.from_text)
+      )
+      grid[i, j] = sum(map(len, found.tokens)) / found.calls.sum()
+      print(f'{ngram=} {window=}: {grid[i, j]:.3f}', file=sys.stderr, flush=True)
+  print('| n-gram |', ' | '.join(f'W = G = {window}' for window in _WINDOWS), '|')
+  print('|---|', '---|' * len(_WINDOWS), sep='')
+  for ngram, row in zip(_NGRAMS, grid, strict=True):
+    cells = [f'{v:.2f} ({_width(w, ngram)})' for v, w in zip(row, _WINDOWS, strict=True)]
+    print(f'| {ngram} |', ' | '.join(cells), '|')
+  _heat_map(grid, args.out / 'lookahead_sweep.png')
+  record = {
+    'windows': _WINDOWS, 'ngrams': _NGRAMS, 'from_text': args.from_text,
+    'tokens_per_call': grid.tolist(),
+  }  # fmt: skip
   (args.out / 'sweep.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
   return 0
 
@@ -252,22 +246,19 @@ def _width(window, ngram):
   return 2 * window * (ngram - 1)
 
 
-def _heat_map(rates, path):
-  figure = Figure(figsize=(9, 3.4), layout='constrained')
-  axes = figure.subplots(1, 2, sharey=True)
-  low, high = min(g.min() for g in rates.values()), max(g.max() for g in rates.values())
-  images = []
-  for axis, (from_text, grid) in zip(axes, rates.items(), strict=True):
-    images.append(axis.imshow(grid, vmin=low, vmax=high, cmap='viridis', aspect='auto'))
-    axis.set_xticks(range(len(_WINDOWS)), _WINDOWS)
-    axis.set_yticks(range(len(_NGRAMS)), _NGRAMS)
-    axis.set_xlabel('columns of the window (and n-grams tried)')
-    axis.set_title('window and text' if from_text else 'window alone')
-    for (i, j), value in np.ndenumerate(grid):
-      ink = 'white' if value < (low + high) / 2 else 'black'
-      axis.text(j, i, f'{value:.2f}', ha='center', va='center', color=ink)
-  axes[0].set_ylabel('tokens of an n-gram')
-  figure.colorbar(images[-1], ax=axes, label='tokens/call')
+def _heat_map(grid, path):
+  figure = Figure(figsize=(5, 3.4), layout='constrained')
+  axis = figure.subplots()
+  image = axis.imshow(grid, cmap='viridis', aspect='auto')
+  axis.set_xticks(range(len(_WINDOWS)), [str(window) for window in _WINDOWS])
+  axis.set_yticks(range(len(_NGRAMS)), [str(ngram) for ngram in _NGRAMS])
+  axis.set_xlabel('columns of the window (and n-grams tried)')
+  axis.set_ylabel('tokens of an n-gram')
+  middle = (grid.min() + grid.max()) / 2
+  for (i, j), value in np.ndenumerate(grid):
+    text = f'{value:.2f}\n{_width(_WINDOWS[j], _NGRAMS[i])} wide'
+    axis.text(j, i, text, ha='center', va='center', color='white' if value < middle else 'black')
+  figure.colorbar(image, ax=axis, label='tokens/call')
   figure.savefig(path, dpi=120)
 
 

@@ -15,6 +15,8 @@ state and the fixed point, 2 n tokens. Only these are supervised.
 With --labels demonstration the one window has n more tokens: what the text itself has there, for
 targets whose answers may be corrected (CEED-VLA).
 
+Started again, it goes on after the last batch that is whole.
+
 The loop is decodax's own, `drafters.jacobi`: what is trained on is what is decoded.
 """
 
@@ -140,7 +142,7 @@ class Collector:
 
   def __init__(self, loaded: LoadedModel, options: Options, batch_size: int, seed: int):
     target = loaded.transformer
-    self.options, self.batch_size, self.rng = options, batch_size, np.random.default_rng(seed)
+    self.options, self.batch_size = options, batch_size
     self._eos, self._vocab_size = set(loaded.eos_ids), target.config.vocab_size
     self._params, self._seed = Params(nnx.state(target)), seed
     self._run = jax.jit(
@@ -148,16 +150,22 @@ class Collector:
     )
     self.num_rounds = self.num_collected = 0
 
-  def collect(self, texts: Sequence[Sequence[int]]) -> list[dict]:
-    """Returns a document for every text; one whose continuation ends early has fewer windows."""
+  def collect(self, texts: Sequence[Sequence[int]], first: int) -> list[dict]:
+    """Returns a document for every text; one whose continuation ends early has fewer windows.
+
+    Args:
+      texts: token ids, at most `batch_size` of them.
+      first: the number of the first text among all, on which random choices depend.
+    """
     options, size = self.options, self.options.window
+    rng = np.random.default_rng((self._seed, first))
     prompts = [list(text[: options.prompt_length]) for text in texts]
     documents = [list(prompt) for prompt in prompts]
     alive = [True] * len(texts)
-    phase = self.rng.integers(0, options.noise_windows, len(texts))
+    phase = rng.integers(0, options.noise_windows, len(texts))
     for index in range(options.num_windows):
-      states = self._window(prompts)
-      kept = choose_states(states, self._wanted(phase + index), self.rng)
+      states = self._window(prompts, seed=int(rng.integers(2**31)))
+      kept = choose_states(states, self._wanted(phase + index), rng)
       for row, text in enumerate(texts):
         fixed = states[row, -1].tolist()
         alive[row] &= not self._eos & set(fixed)
@@ -169,10 +177,11 @@ class Collector:
         prompts[row] += fixed
     return [
       {
+        'id': first + row,
         'token_ids': document,
         'loss_mask': [0] * options.prompt_length + [1] * (len(document) - options.prompt_length),
       }
-      for document in documents
+      for row, document in enumerate(documents)
       if len(document) > options.prompt_length
     ]
 
@@ -183,16 +192,15 @@ class Collector:
     schedule = np.linspace(0, 1, options.noise_windows)
     return schedule[turn % options.noise_windows]
 
-  def _window(self, prompts):
+  def _window(self, prompts, seed):
     """Returns i[len(prompts), n + 1, n], the trajectories of the next window."""
     options = self.options
     idle = self.batch_size - len(prompts)
-    self._seed += 1
     request = decodax.make_request(
       [*prompts, *[prompts[0]] * idle],
       max_new_tokens=options.window,
       vocab_size=self._vocab_size,
-      seed=self._seed,
+      seed=seed,
       capacity=options.prompt_length + (options.num_windows + 2) * options.window,
     )
     found = jax.device_get(self._run(self._params, request))
@@ -204,21 +212,35 @@ class Collector:
 def collect_all(
   texts: Sequence[Sequence[int]], collector: Collector, path: pathlib.Path, *, show: bool
 ) -> None:
-  """Writes the documents of all texts, whole or not at all."""
+  """Writes the documents of all texts; until they are whole, to a file with another name."""
   partial, start = path.with_name(path.name + '.partial'), time.perf_counter()
   path.parent.mkdir(parents=True, exist_ok=True)
+  lines, done = _whole_batches(partial, collector.batch_size)
   with open(partial, 'w', encoding='utf-8') as file:
-    for first in range(0, len(texts), collector.batch_size):
-      for record in collector.collect(texts[first : first + collector.batch_size]):
-        file.write(json.dumps(record) + '\n')
+    file.writelines(lines)
+    for first in range(done, len(texts), collector.batch_size):
+      records = collector.collect(texts[first : first + collector.batch_size], first)
+      file.write(''.join(json.dumps(record) + '\n' for record in records))
+      file.flush()
   partial.replace(path)
   if show:
-    tokens = collector.num_collected * collector.options.window
+    size, calls = collector.options.window, collector.num_rounds
+    rate = collector.num_collected * size / max(calls, 1)
     print(
-      f'{path}: {len(texts)} prompts, {collector.num_collected} windows of '
-      f'{collector.options.window} tokens in {collector.num_rounds} calls '
-      f'({tokens / collector.num_rounds:.2f} tokens/call), {time.perf_counter() - start:.0f} s'
+      f'{path}: {len(texts)} prompts; now {collector.num_collected} windows of {size} tokens in '
+      f'{calls} calls ({rate:.2f} tokens/call), {time.perf_counter() - start:.0f} s'
     )
+
+
+def _whole_batches(partial, batch_size):
+  """Returns (the lines to keep of an earlier start, the number of texts that they cover)."""
+  if not partial.exists():
+    return [], 0
+  lines = partial.read_text(encoding='utf-8').splitlines(keepends=True)
+  lines = [line for line in lines if line.endswith('\n')]
+  ids = [json.loads(line)['id'] for line in lines]
+  done = (ids[-1] + 1) // batch_size * batch_size if ids else 0
+  return [line for line, number in zip(lines, ids, strict=True) if number < done], done
 
 
 def cut_texts(

@@ -15,7 +15,7 @@ def own_config(
   sources: tuple[str, ...] = DEFAULT_SOURCES,
   target: str = 'runs/tiny_target/export',
   learning_rate: float = 5e-4,
-  num_steps: int = 200,
+  num_steps: int = 100,
   sequence_length: int = 256,
   **options: Any,
 ) -> TrainConfig:

@@ -61,7 +61,7 @@ def make_objective(
   Args:
     window: n, as the data were collected.
     noise_windows: w.
-    ar_weight: of the next-token loss.
+    ar_weight: of the next-token loss; the published code has 10, for a tuning many times as long.
     consistency_weight: of the consistency loss.
     loss: 'global' or 'local'.
     temperature: of the law that is learnt and of the law that learns it.
