@@ -55,7 +55,12 @@ def _main(argv):
   if args.list:
     console.print(_list_methods())
     return 0
-  names = cli.choose_methods(args.methods, args.temperature, has_draft=args.draft is not None)
+  names = cli.choose_methods(
+    args.methods,
+    args.temperature,
+    has_draft=args.draft is not None,
+    has_head=args.head is not None,
+  )
   names = [PLAIN, *(name for name in names if name != PLAIN)]  # what all are compared with
   prompts = cli.read_prompts(args.prompts, args.num_prompts)
   with _directory(args.out or report.default_directory(args.model)) as directory:
@@ -134,7 +139,7 @@ def _list_methods():
       method.summary,
       method.exactness(temperature=1.0),
       method.candidates.value,
-      '--draft' if method.needs_draft else '',
+      '--draft' if method.needs_draft else '--head' if method.needs_head else '',
     )
   table.caption = 'At temperature 0 every lossless method is token-identical to plain decoding.'
   table.caption_justify = 'left'
@@ -152,6 +157,8 @@ def _prepare(args, names, prompts, display):
   display.done('model', f'{_describe(setup.target)}, {time.perf_counter() - start:.1f} s')
   if setup.draft is not None:
     display.done('draft', _describe(setup.draft))
+  if setup.head is not None:
+    display.done('head', f'{setup.head.name} from {args.head}')
   config, tokenizer = setup.target.transformer.config, setup.target.tokenizer
   encoded = []
   for prompt in prompts:
@@ -235,6 +242,7 @@ class _Comparison:
       'command': cli.command_line('experiments.compare', argv),
       'model': _model_facts(self.setup.target),
       'draft': None if self.setup.draft is None else _model_facts(self.setup.draft),
+      'head': None if self.setup.head is None else dict(self.setup.head.facts),
       'device': _device(),
       'versions': _versions(),
       'config': self._config(),

@@ -2,8 +2,8 @@
 
 An entry says how to build its drafter for given weights, and which verifiers go with it: the first
 is the default and bears the entry's name, each other one gives a method `name/verifier`. Trees are
-drafted by the draft model if there is one, else by the target's first layers, and have the same
-number of nodes, so that they can be compared.
+drafted by the trained head or the draft model if there is one, else by the target's first layers,
+and have the same number of nodes, so that they can be compared.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,11 @@ from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
 from models.adapter import as_model
+from models.heads import head_expander
+from models.heads import head_taps
 from models.transformer import Transformer
 from models.weights import LoadedModel
+from train.export import LoadedHead
 
 PLAIN = 'plain'  # the method that the others are compared with
 
@@ -37,6 +40,7 @@ class Setup(NamedTuple):
   draft: LoadedModel | None = None
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
+  head: LoadedHead | None = None  # trained for the target
 
 
 class Decoder(NamedTuple):
@@ -61,6 +65,7 @@ class Method(NamedTuple):
   candidates: Candidates  # what its drafter proposes
   verifier: Verifier
   needs_draft: bool = False  # weights of a draft model
+  needs_head: bool = False  # a head trained for the target
   by_default: bool = True  # does it run when no method is named?
 
   def exactness(self, temperature: float) -> str:
@@ -91,6 +96,19 @@ def _draft_model(setup: Setup) -> Decoder:
   return _decoder(setup, drafter, nnx.state(draft))
 
 
+def _trained_head(setup: Setup) -> Decoder:
+  if setup.head is None:
+    raise ValueError('trained-head needs a head trained for the target: give --head')
+  expander = head_expander(setup.head.head, setup.target.transformer)
+  return _with_head(setup, drafters.chain_drafter(expander, num_drafts=setup.num_drafts or 4))
+
+
+def _with_head(setup, drafter):
+  head, transformer = setup.head.head, setup.target.transformer
+  params = Params(nnx.state(transformer), nnx.state(head))
+  return Decoder(as_model(transformer, taps=head_taps(head)), drafter, params)
+
+
 def _draft_of(setup: Setup) -> Transformer:
   """Returns the draft model, once it is known to be there and to share the vocabulary."""
   draft, target = setup.draft, setup.target
@@ -118,9 +136,12 @@ def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
 
 
 def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
-  """Returns how to build a tree drafter around the draft model, or else around an early exit."""
+  """Returns how to build a tree drafter around a head, a draft model, or else an early exit."""
 
   def build(setup):
+    if setup.head is not None:
+      expander = head_expander(setup.head.head, setup.target.transformer)
+      return _with_head(setup, make(expander))
     if setup.draft is None:
       exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
       return _decoder(setup, make(drafters.exit_expander(exit_model)))
@@ -163,6 +184,7 @@ class _Entry(NamedTuple):
   candidates: Candidates
   verifiers: tuple[Verifier, ...] = (verifiers.coupled,)
   needs_draft: bool = False
+  needs_head: bool = False
   by_default: bool = True
 
 
@@ -184,6 +206,10 @@ _ENTRIES = (
   _Entry(
     'draft-model', 'a smaller model with the same vocabulary drafts', _draft_model,
     Candidates.SAMPLED, _CHAIN_RULES, needs_draft=True,
+  ),
+  _Entry(
+    'trained-head', 'a head trained for the target drafts', _trained_head,
+    Candidates.SAMPLED, _CHAIN_RULES, needs_head=True,
   ),
   _Entry(
     'static-tree', 'a fixed tree of the likeliest tokens',
@@ -238,6 +264,7 @@ def _methods(entry):
       entry.candidates,
       verifier,
       needs_draft=entry.needs_draft,
+      needs_head=entry.needs_head,
       by_default=entry.by_default,
     )
 
@@ -247,7 +274,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def default_methods(temperature: float, *, has_draft: bool = False) -> list[str]:
+def default_methods(
+  temperature: float, *, has_draft: bool = False, has_head: bool = False
+) -> list[str]:
   """Returns the names of the methods to run when none are named.
 
   Those are chains and copies whose weights are there, by lossless rules; at temperature 0 only one
@@ -259,5 +288,6 @@ def default_methods(temperature: float, *, has_draft: bool = False) -> list[str]
     if method.by_default
     and method.verifier.lossless
     and (has_draft or not method.needs_draft)
+    and (has_head or not method.needs_head)
     and (temperature > 0 or '/' not in name)
   ]

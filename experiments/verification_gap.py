@@ -146,7 +146,7 @@ def _parser():
     prog='python -m experiments.verification_gap',
     description='Acceptance of every multi-draft rule beside the optimum.',
   )
-  parser.set_defaults(num_drafts=None)
+  parser.set_defaults(num_drafts=None, head=None)
   add = parser.add_argument_group('models').add_argument
   add('--model', default=DEFAULT_MODEL, metavar='NAME|DIR|FILE.gguf', help='the target')
   add('--draft', metavar='NAME|DIR|FILE.gguf', help='adds a family: this model drafts')

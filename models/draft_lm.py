@@ -74,6 +74,8 @@ def draft_lm_model(draft: DraftLM) -> Model:
   """
   graph = nnx.graphdef(draft)
   inner = as_model(draft.decoder)
+  assert inner.init_scratch is not None
+  init_scratch = inner.init_scratch
 
   def own(params):
     return nnx.state(nnx.merge(graph, params).decoder)
@@ -84,7 +86,7 @@ def draft_lm_model(draft: DraftLM) -> Model:
 
   return inner._replace(
     init_cache=lambda params, *sizes: inner.init_cache(own(params), *sizes),
-    init_scratch=lambda params, *sizes: inner.init_scratch(own(params), *sizes),
+    init_scratch=lambda params, *sizes: init_scratch(own(params), *sizes),
     extend=extend,
     unembed=lambda params, hidden: nnx.merge(graph, params).unembed(hidden),
     vocab_size=draft.vocab_size,

@@ -4,7 +4,7 @@ A head is a folder with `model.safetensors`, every variable under its dotted nam
 `config.json` that names the objective, its options and the target. A language model is written as a
 Llama folder, with its tokenizer, so that everything that loads targets loads it.
 
-The public layouts of draft heads are written by `Objective.export`, where there is one.
+`train.publish` writes heads in the layouts of other projects.
 """
 
 from collections.abc import Mapping

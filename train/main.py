@@ -13,6 +13,7 @@ The exit code is 0 at the end, 1 if the loss stopped being a number, 2 for what 
 
 import argparse
 from collections.abc import Sequence
+import logging
 import pathlib
 import sys
 
@@ -26,6 +27,7 @@ USAGE_EXIT = 2
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code."""
   args = _parser().parse_args(argv)
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells of every save
   try:
     config = override(load_config(args.config), args.set)
     start_processes(args.coordinator, args.num_processes, args.process_id, detect=args.distributed)

@@ -81,8 +81,6 @@ class Objective(NamedTuple):
   needs_target: bool = True
   describe: Callable[[Any], Mapping[str, Any]] | None = None
   """(model) -> what the config.json of an exported model without a target is to say besides."""
-  export: Callable[[Any, Any, pathlib.Path], None] | None = None
-  """(head, target, directory) -> writes the head in a public layout, beside decodax's own."""
 
 
 def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
@@ -92,14 +90,18 @@ def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Object
     ValueError: if there is none of this name, or it has no such option.
   """
   options = options or {}
-  make = _factory(name)
-  known = inspect.signature(make).parameters
+  make, known = _factory(name), option_names(name)
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise ValueError(
       f'objective {name!r} has no option {", ".join(unknown)}; it has {", ".join(known) or "none"}'
     )
   return make(**options)
+
+
+def option_names(name: str) -> list[str]:
+  """Returns the names of an objective's options."""
+  return list(inspect.signature(_factory(name)).parameters)
 
 
 def objective_names() -> list[str]:

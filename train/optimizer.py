@@ -51,5 +51,5 @@ def update_average(average: PyTree, params: PyTree, decay: float, step: jax.Arra
   The decay is at most (1 + step) / (10 + step), so that the start does not weigh on it.
   """
   count = step.astype(jnp.float32)
-  decay = jnp.minimum(decay, (1 + count) / (10 + count))
-  return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+  keep = jnp.minimum(decay, (1 + count) / (10 + count))
+  return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)

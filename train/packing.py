@@ -9,7 +9,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,14 +64,15 @@ class Corpus(NamedTuple):
     return found
 
   def gather(self, ids: np.ndarray) -> Batch:
-    """Returns the batch of these rows."""
+    """Returns the batch of these rows, in NumPy."""
     segments = np.asarray(self.segments[ids], np.int32)
-    return Batch(
-      tokens=np.asarray(self.tokens[ids], np.int32),
-      positions=positions_of(segments),
-      segments=segments,
-      loss_mask=np.asarray(self.loss_mask[ids], bool),
-    )  # pyright: ignore[reportArgumentType]
+    arrays: Any = (
+      np.asarray(self.tokens[ids], np.int32),
+      positions_of(segments),
+      segments,
+      np.asarray(self.loss_mask[ids], bool),
+    )
+    return Batch(*arrays)
 
 
 def positions_of(segments: np.ndarray) -> np.ndarray:

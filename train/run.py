@@ -179,7 +179,8 @@ class Run:
       batch, features = self._batch(step)
       state, info = self.step_fn(state, self.target_params, batch, features)
       done = step + 1
-      boundary = self._is_boundary(done) or stop.requested or checkpoints.preempted(done)
+      stopping = stop.requested or checkpoints.preempted(done)
+      boundary = stopping or self._is_boundary(done)
       for each in (pending, info) if boundary else (pending,):
         if each is not None and not bool(each.finite):
           self._keep_batch(int(each.step))
@@ -189,7 +190,6 @@ class Run:
         self._log(info, done, report)
       if self._is_due(config.eval.every, done) and self.objective.make_drafter is not None:
         self._evaluate(state, done, report)
-      stopping = stop.requested or (boundary and checkpoints.preempted(done))
       if self._is_due(config.checkpoint.every, done) or stopping:
         checkpoints.save(done, state, self._facts(), self._measured_at(done))
       if stopping and done < config.num_steps:
@@ -242,6 +242,7 @@ class Run:
   def measure(self, state: TrainState) -> list[Measured]:
     """Returns what the head of a state reaches on the held-out prompts."""
     if self.rollout is None:
+      assert self.target is not None
       head = self.learner.head(state)
       prompts = self.prompts(self.config.eval.num_prompts)
       eos = () if self.loaded is None else self.loaded.eos_ids
@@ -292,8 +293,6 @@ class Run:
     export.save_head(
       directory, head, objective=self.config.objective, options=self.config.options, facts=facts
     )
-    if self.objective.export is not None:
-      self.objective.export(head, self.target, self.workdir / 'export_public')
 
   def _tokenizer_directory(self):
     own = self.workdir / 'tokenizer'

@@ -67,7 +67,7 @@ def start_processes(
     jax.distributed.initialize()
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns the mesh over these devices; None is all devices of all processes.
 
   Raises:
@@ -120,7 +120,7 @@ def partition_spec(
 
 def _split_largest(shape, mesh_shape):
   """Returns the split over `fsdp` of the largest axis that divides evenly."""
-  axes = [None] * len(shape)
+  axes: list[str | None] = [None] * len(shape)
   for index in sorted(range(len(shape)), key=lambda i: -shape[i]):
     if shape[index] % mesh_shape['fsdp'] == 0:
       axes[index] = 'fsdp'

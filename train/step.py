@@ -152,7 +152,7 @@ def make_step_fn(
     )
     weight = jnp.maximum(loss.weight, 1e-9)
     gradients = jax.tree.map(lambda g: g / weight, gradients)
-    norm, mean = optax.global_norm(gradients), loss.total / weight
+    norm, mean = optax.tree.norm(gradients), loss.total / weight
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average
@@ -167,7 +167,7 @@ def make_step_fn(
       step=state.step,
       loss=mean,
       gradient_norm=norm,
-      learning_rate=schedule(state.step),
+      learning_rate=jnp.asarray(schedule(state.step)),
       num_supervised=batch.loss_mask.sum(dtype=jnp.float32),
       finite=finite,
       metrics=dict(loss.metrics),

@@ -113,11 +113,11 @@ def _attend_to_chain(config, earlier, mask, positions, queries, keys, values):
   scale = config.attention_scale or config.head_dim**-0.5
   grouped = queries.reshape(batch, length, kv, heads // kv, dim) * scale
   step, cap, window = len(earlier), config.attention_soft_cap, layer_windows(config)
-  if window is not None:
-    near = positions[:, None, :] > positions[:, :, None] + step - int(window[0])
-    mask = mask & near
   steps = [*earlier, (keys, values)]
   first_keys, first_values = steps[0]
+  if window is not None:
+    mask = mask & (positions[:, None, :] > positions[:, :, None] + step - int(window[0]))
+    steps = [steps[0], *steps[max(1, step - int(window[0]) + 1) :]]
   scores = [
     jnp.einsum('btkgd,bksd->bkgts', grouped, first_keys, preferred_element_type=jnp.float32)
   ]

@@ -102,11 +102,3 @@ def check_draft_ids(ids: np.ndarray, vocab_size: int) -> None:
       f'the target ids of a draft vocabulary must be 0 to {vocab_size - 1}: they are '
       f'{ids[0]} to {ids[-1]}'
     )
-
-
-def coverage(vocabulary: DraftVocabulary | None, token_counts: np.ndarray) -> float:
-  """Returns the fraction of counted tokens i64[V] that can be drafted: a cap on acceptance."""
-  if vocabulary is None:
-    return 1.0
-  total = max(int(np.sum(token_counts)), 1)
-  return float(np.sum(token_counts[np.asarray(vocabulary.ids[...])]) / total)

@@ -19,5 +19,6 @@ def get_config() -> TrainConfig:
     draft_vocab_size=1024,
     divergence='forward_kl',
     on_policy=0.25,
+    prompt_length=128,
     init_from='runs/tiny_draft_lm/export',
   )

@@ -62,6 +62,7 @@ class Depth(NamedTuple):
 
   comparison: Comparison
   weights: jax.Array  # f32[B, T] 1 where the drafted token is supervised
+  pruned: bool  # is there a draft vocabulary?
 
 
 def compare_at(
@@ -96,7 +97,7 @@ def compare_at(
     labels=labels if divergence is None else None,
     keep=None if vocabulary is None else vocabulary.ids[...],
   )
-  return Depth(comparison, supervised(tape, ahead))
+  return Depth(comparison, supervised(tape, ahead), vocabulary is not None)
 
 
 def total_loss(depths: Sequence[Depth], position_weights: Sequence[float] | np.ndarray) -> Loss:
@@ -113,12 +114,19 @@ def total_loss(depths: Sequence[Depth], position_weights: Sequence[float] | np.n
 
 
 def depth_metrics(depths: Sequence[Depth]) -> dict[str, losses.Mean]:
-  """Returns the metrics that all heads show, over every supervised token."""
-  return losses.depth_metrics(
+  """Returns the metrics that all heads show, over every supervised token.
+
+  With a draft vocabulary `covered` is how often it has the target's likeliest token: the most that
+  `accuracy/1` can reach.
+  """
+  found = losses.depth_metrics(
     [depth.comparison.correct for depth in depths],
     [depth.weights for depth in depths],
     [depth.comparison.acceptance for depth in depths],
   )
+  if depths[0].pruned:
+    found['covered'] = losses.masked(depths[0].comparison.covered, depths[0].weights)
+  return found
 
 
 def embed_ahead(target, tape: Tape, ahead: int) -> jax.Array:

@@ -65,7 +65,8 @@ def make_objective(
   Args:
     drafter: folder of a trained head that drafts chains.
     num_blocks: residual blocks of the acceptance head.
-    reject_weight: how much more a rejection counts than an acceptance.
+    reject_weight: how much more a rejection counts than an acceptance. It divides the odds of
+      acceptance that the stop rule sees, so it goes with `threshold`.
     collect_drafts: drafts of a round while collecting.
     rounds: rounds collected a step, from one place of each row.
     temperature: at which drafts are drawn and judged while collecting.
@@ -125,6 +126,9 @@ class Examples(NamedTuple):
 def acceptance_loss(head: AcceptanceHead, data: Examples, reject_weight: float) -> Loss:
   """Returns the cross entropy with soft labels, rejections counting `reject_weight` times.
 
+  The metrics tell how far the prediction is from the labels, in nats, and how far are the two
+  predictors that need no training: the draft's own probability, and the mean of the labels.
+
   Source: SpecDec++, arXiv:2405.19715, equation 6.
   """
   log_law = jax.nn.log_softmax(head(data.hidden))
@@ -135,7 +139,8 @@ def acceptance_loss(head: AcceptanceHead, data: Examples, reject_weight: float) 
   def mean(values):
     return losses.masked(values, data.weights)
 
-  predicted = jnp.exp(log_law[..., 1])
+  # What the head says of acceptance once the odds are freed of the weight of rejections.
+  predicted = jax.nn.sigmoid(log_law[..., 1] - log_law[..., 0] + jnp.log(reject_weight))
   constant = mean(data.accepted).value
   return Loss(
     mean(losses_here).total,

@@ -3,7 +3,15 @@
 The recipe of FastDraft is this objective three times: on text, on text of the domain, and on what
 the target has written (`train.regenerate`), each starting from the one before (`init_from`).
 DistillSpec is the last of them with a divergence in place of the text, and with the draft's own
-text mixed in.
+text mixed in. Its named variants:
+
+  SeqKD          data the target has written, divergence='labels'
+  supervised KD  divergence='forward_kl'
+  ImitKD         divergence='forward_kl', on_policy=0.5
+  f-distill      divergence='total_variation', on_policy=0.5
+  on-policy GKD  divergence='reverse_kl' or 'jensen_shannon', on_policy=1.0
+
+Which is best depends on the text and on the temperature of decoding: choose by real tokens/call.
 
 Source: FastDraft, arXiv:2411.11055; DistillSpec, arXiv:2310.08461.
 """

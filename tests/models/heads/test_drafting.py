@@ -20,6 +20,7 @@ from decodax.types import Candidates
 from models.heads import HEADS
 from models.heads import head_expander
 from models.heads import kind_of
+from models.heads.recurrent import unroll
 from tests.decodax import zoo as loop_zoo
 from tests.models.heads import zoo
 
@@ -148,6 +149,28 @@ def test_laws_are_those_of_the_head_by_the_book(name):
     accepted = np.asarray(info.verdict.num_accepted)
     partial += ((accepted > 0) & (accepted < zoo.DEPTH)).sum()
   assert compared > 40 and partial > 0
+
+
+@pytest.mark.parametrize('name', ['eagle', 'eagle3-options'])
+def test_unrolled_chains_are_drafted_chains(name):
+  """Training unrolls the chains of all starts at once; also with a window shorter than a chain."""
+  setup = zoo.setup(name)
+  head, target, length = setup.head, setup.target, 20
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, zoo.VOCAB_SIZE, (2, length)))
+
+  @loop_zoo.Compiled
+  def unrolled(tokens):
+    output, positions, mask = zoo.read(target, head, tokens)
+    following = [jnp.roll(tokens, -k, axis=1) for k in range(1, zoo.DEPTH + 1)]
+    embedded = [head.embed(target, each) for each in following]
+    states = unroll(head, head.start(output), embedded, positions, mask)
+    return jnp.stack([head.logits(target, state) for state in states], axis=2)
+
+  laws = jax.nn.softmax(unrolled(tokens))
+  by_the_book = loop_zoo.Compiled(functools.partial(zoo.chain_laws, head, target, depth=zoo.DEPTH))
+  for text in (2, 7, 14):
+    expected = jax.nn.softmax(by_the_book(tokens, jnp.full((2,), text)))
+    np.testing.assert_allclose(laws[:, text - 2], expected, atol=1e-4)
 
 
 def test_sampled_drafts_leave_the_law_of_the_target():

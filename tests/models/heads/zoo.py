@@ -77,7 +77,7 @@ def make_heads(target: Transformer) -> dict[str, Any]:
   size: dict[str, Any] = dict(hidden_size=WIDTH, vocab_size=VOCAB_SIZE, num_heads=DEPTH)
   eagle3 = Eagle3Config(LAYER, (1, 2, 3), WIDTH)
   options = dict(norm_before_fuse=True, norm_taps=True, norm_before_residual=True)
-  narrow = dataclasses.replace(LAYER, hidden_size=16, num_heads=2)
+  narrow = dataclasses.replace(LAYER, hidden_size=16, num_heads=2, window=3)
   heads = {
     'medusa': Medusa(MedusaConfig(**size, num_layers=2), target),
     'medusa-shared': Medusa(
@@ -150,7 +150,7 @@ def chain_laws(head: Any, target: Transformer, tokens, length, depth: int):
   return _LAWS[type(head)](head, target, tokens, length, depth)
 
 
-def _read(target, head, tokens) -> tuple[ModelOutput, jax.Array, jax.Array]:
+def read(target, head, tokens) -> tuple[ModelOutput, jax.Array, jax.Array]:
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
   causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
   mask = jnp.broadcast_to(causal, (tokens.shape[0], *causal.shape))
@@ -163,14 +163,14 @@ def _at(x, index):
 
 
 def _medusa_laws(head, target, tokens, length, depth):
-  output, _, _ = _read(target, head, tokens)
+  output, _, _ = read(target, head, tokens)
   vectors = head.vectors(output.hidden)
   batch = jnp.arange(tokens.shape[0])
   return head.logits(target, vectors[batch, length - 2])[:, :depth]
 
 
 def _hydra_laws(head, target, tokens, length, depth):
-  output, positions, mask = _read(target, head, tokens)
+  output, positions, mask = read(target, head, tokens)
   feature = output.hidden
   if head.prefix is not None:
     feature, _ = head.prefix(feature, attention_site(head.config.prefix, positions, mask))
@@ -184,7 +184,7 @@ def _hydra_laws(head, target, tokens, length, depth):
 
 
 def _recurrent_laws(head, target, tokens, length, depth):
-  output, positions, mask = _read(target, head, tokens)
+  output, positions, mask = read(target, head, tokens)
   states = head.start(output)
   following = jnp.roll(tokens, -1, axis=1)
   laws = []
@@ -199,7 +199,7 @@ def _recurrent_laws(head, target, tokens, length, depth):
 
 
 def _kangaroo_laws(head, target, tokens, length, depth):
-  output, positions, mask = _read(target, head, tokens)
+  output, positions, mask = read(target, head, tokens)
   site = attention_site(head.config.layer, positions, mask)
   y, _ = head(output.features[f'layer_{head.config.exit_layer}'], site)
   laws = [target.unembed(_at(y, length - 1 + step)) for step in range(depth)]
@@ -207,7 +207,7 @@ def _kangaroo_laws(head, target, tokens, length, depth):
 
 
 def _draft_lm_laws(head, target, tokens, length, depth):
-  _, positions, mask = _read(target, head, tokens)
+  _, positions, mask = read(target, head, tokens)
   hidden = head(tokens, positions, mask).hidden
   laws = [head.unembed(_at(hidden, length - 1 + step)) for step in range(depth)]
   return jnp.stack(laws, axis=1)
