@@ -165,8 +165,13 @@ class Runner:
     self.trained['static answers'] = jnp.asarray(static.tokens)
 
   def available(self) -> list[str]:
-    """Returns the methods whose weights are there."""
-    return [name for name, m in METHODS.items() if not m.needs or m.needs in self.trained]
+    """Returns the methods whose weights are there, and that go with the temperature."""
+    greedy = not bool((self.request.sampling.temperature > 0).any())
+    return [
+      name
+      for name, method in METHODS.items()
+      if (not method.needs or method.needs in self.trained) and (greedy or not method.free_drafts)
+    ]
 
   def compile(self, method: DiffusionMethod, knob: float) -> Compiled:
     """Returns the compiled method."""
@@ -218,5 +223,6 @@ def choose(names: str | None, available: Sequence[str]) -> list[str]:
     if name not in METHODS:
       raise ValueError(f'unknown method {name!r}; there are {", ".join(METHODS)}')
     if name not in available:
-      raise ValueError(f'{name!r} needs weights that are not there: {METHODS[name].needs}')
+      needs = METHODS[name].needs or 'temperature 0'
+      raise ValueError(f'{name!r} needs what is not there: {needs}')
   return [STATIC, *(name for name in wanted if name != STATIC)]

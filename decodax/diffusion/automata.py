@@ -258,7 +258,7 @@ def _lift(table, accepting, alphabet, token_texts, eos_id):
   return Automaton(distinct.astype(np.int32), classes.reshape(-1).astype(np.int32), accepting)
 
 
-def live_states(automaton):
+def live_states(automaton: Automaton) -> np.ndarray:
   """Returns bool[Q]: can an accepting state be reached?"""
   alive = automaton.accepting.copy()
   while True:

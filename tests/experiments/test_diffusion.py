@@ -80,7 +80,7 @@ def test_methods_are_chosen_by_name():
   assert choose(None, available)[0] == STATIC
   with pytest.raises(ValueError, match='unknown'):
     choose('guess', available)
-  with pytest.raises(ValueError, match='weights'):
+  with pytest.raises(ValueError, match='needs'):
     choose('distilled', available)
 
 
