@@ -297,7 +297,11 @@ def test_a_run_resumes_to_the_bit_and_its_network_loads(tmp_path):
   assert Run(config, parted, show=False).train() is Outcome.FINISHED
   same_export(whole, parted)
   loaded = load_diffusion(whole / 'export', dtype=jnp.float32)
-  assert (loaded.net.mask_id, loaded.net.shifted, loaded.net.block_size) == (47, False, None)
+  assert (loaded.net.mask_id, loaded.net.shifted, loaded.net.block_size) == (
+    len(list_tasks.VOCABULARY),
+    False,
+    None,
+  )
   assert loaded.eos_ids == (list_tasks.EOS_ID,)
 
 
