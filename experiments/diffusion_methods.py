@@ -48,22 +48,22 @@ _BOLD = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
 _ENTRIES = (
   DiffusionMethod(
     STATIC, 'LLaDA: a fixed number of steps, the surest slots first',
-    lambda n: policies.llada(n), (12, 6, 4, 3, 2, 1), 12,
+    lambda n: policies.llada(n), (8, 4, 3, 2, 1), 8,
   ),
   DiffusionMethod(
     'random', 'LLaDA: a fixed number of steps, slots at random',
-    lambda n: policies.llada(n, 'random'), (12, 6, 3, 1), 12,
+    lambda n: policies.llada(n, 'random'), (8, 4, 2, 1), 8,
   ),
   DiffusionMethod(
     'dream-entropy', 'Dream: a time grid, the least entropy first',
-    lambda n: policies.dream(int(n), 'entropy'), (12, 4), 12, traced=False,
+    lambda n: policies.dream(int(n), 'entropy'), (8, 3), 8, traced=False,
   ),
   DiffusionMethod(
     'dream-margin', 'Dream: a time grid, the largest margin first',
-    lambda n: policies.dream(int(n), 'margin'), (12, 4), 12, traced=False,
+    lambda n: policies.dream(int(n), 'margin'), (8, 3), 8, traced=False,
   ),
   DiffusionMethod(
-    'maskgit', 'MaskGIT: a cosine schedule', lambda n: policies.maskgit(int(n)), (8, 3), 8,
+    'maskgit', 'MaskGIT: a cosine schedule', lambda n: policies.maskgit(int(n)), (6, 3), 6,
     traced=False,
   ),
   DiffusionMethod(
@@ -79,7 +79,7 @@ _ENTRIES = (
   ),
   DiffusionMethod(
     'dimple', 'Dimple: a threshold, a schedule where nothing passes',
-    lambda tau: policies.dimple(12, tau), (0.99, 0.95, 0.8, 0.5), 0.95,
+    lambda tau: policies.dimple(8, tau), (0.99, 0.95, 0.8, 0.5), 0.95,
   ),
   DiffusionMethod(
     'local-leap', 'LocalLeap: less is asked near a sure slot',
@@ -106,11 +106,11 @@ _ENTRIES = (
     (0.9, 0.7, 0.3), 0.7,
   ),
   DiffusionMethod(
-    'remdm', 'ReMDM: reveal and mask again', lambda n: policies.remdm(int(n), 0.1), (12, 6), 12,
+    'remdm', 'ReMDM: reveal and mask again', lambda n: policies.remdm(int(n), 0.1), (8, 16), 8,
     traced=False,
   ),
   DiffusionMethod(
-    'ancestral', 'MDLM: every mask on its own', lambda n: policies.ancestral(int(n)), (12, 4), 12,
+    'ancestral', 'MDLM: every mask on its own', lambda n: policies.ancestral(int(n)), (16, 4), 16,
     traced=False,
   ),
   DiffusionMethod(
@@ -119,7 +119,7 @@ _ENTRIES = (
   ),
   DiffusionMethod(
     'free-draft', 'FreeDave: the static sampler in fewer forwards',
-    lambda n: policies.llada(n), (12,), 12, free_drafts=4,
+    lambda n: policies.llada(n), (8,), 8, free_drafts=4,
   ),
   DiffusionMethod(
     'oracle', 'no method but a bound: fills what is already as static will have it',
@@ -165,8 +165,13 @@ class Runner:
     self.trained['static answers'] = jnp.asarray(static.tokens)
 
   def available(self) -> list[str]:
-    """Returns the methods whose weights are there."""
-    return [name for name, m in METHODS.items() if not m.needs or m.needs in self.trained]
+    """Returns the methods whose weights are there, and that go with the temperature."""
+    greedy = not bool((self.request.sampling.temperature > 0).any())
+    return [
+      name
+      for name, method in METHODS.items()
+      if (not method.needs or method.needs in self.trained) and (greedy or not method.free_drafts)
+    ]
 
   def compile(self, method: DiffusionMethod, knob: float) -> Compiled:
     """Returns the compiled method."""
@@ -218,5 +223,6 @@ def choose(names: str | None, available: Sequence[str]) -> list[str]:
     if name not in METHODS:
       raise ValueError(f'unknown method {name!r}; there are {", ".join(METHODS)}')
     if name not in available:
-      raise ValueError(f'{name!r} needs weights that are not there: {METHODS[name].needs}')
+      needs = METHODS[name].needs or 'temperature 0'
+      raise ValueError(f'{name!r} needs what is not there: {needs}')
   return [STATIC, *(name for name in wanted if name != STATIC)]

@@ -135,7 +135,7 @@ def compile_expression(
   table, accepting = _determinise(*_to_nfa(expression), alphabet)
   table, accepting = _minimise(table, accepting)
   automaton = _lift(table, accepting, alphabet, token_texts, eos_id)
-  if not _alive(automaton)[0]:
+  if not live_states(automaton)[0]:
     raise ValueError('no word of this language can be written with these tokens')
   return automaton
 
@@ -258,7 +258,7 @@ def _lift(table, accepting, alphabet, token_texts, eos_id):
   return Automaton(distinct.astype(np.int32), classes.reshape(-1).astype(np.int32), accepting)
 
 
-def _alive(automaton):
+def live_states(automaton: Automaton) -> np.ndarray:
   """Returns bool[Q]: can an accepting state be reached?"""
   alive = automaton.accepting.copy()
   while True:

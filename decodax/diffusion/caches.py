@@ -8,7 +8,6 @@ some nodes: `Model`'s protocol is all they know of a network.
 Axes: `B` batch, `L` positions, `Q` recomputed positions, `W` window slots.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -514,14 +513,3 @@ def audited(rule: CacheRule) -> CacheRule:
   return rule._replace(
     name=f'audited {rule.name}', init=init, read=read, report=lambda state: state.deviation
   )
-
-
-def cache_rules() -> dict[str, Callable[[], CacheRule]]:
-  """Returns name -> rule with its defaults."""
-  return {
-    'none': no_cache,
-    'prefix': prefix_cache,
-    'dual': dual_cache,
-    'delayed': delayed_cache,
-    'block_causal': block_causal_cache,
-  }

@@ -59,7 +59,7 @@ def free_draft(
 
   Args:
     params: of the network.
-    request: its sampling values must be those of greedy decoding.
+    request: a row that is not at temperature 0 ends at once with `Result.UNSATISFIABLE`.
     net: the network.
     num_steps: steps per block of the static sampler, i32[]; may be traced.
     num_drafts: candidates per forward, d.
@@ -141,7 +141,9 @@ def _make_step(num_steps, num_drafts, score):
     order = jnp.sum(rank[:, :, None] >= filled[:, None, 1:], axis=-1)
     order = jnp.where(of_kept(shown), order, (first + kept)[:, None])
     base = state.committed_at.max(-1, keepdims=True) + 1
-    keep = live & finite
+    # Only greedy rows have a static output to reproduce.
+    sampled = live & (state.sampling.temperature > 0)
+    keep = live & finite & ~sampled
     stats = state.stats
     state = state._replace(
       cache=cache,
@@ -150,7 +152,7 @@ def _make_step(num_steps, num_drafts, score):
         num_calls=stats.num_calls + live,
         num_queries=stats.num_queries + jnp.where(live, num_queries, 0),
       ),
-      result=jnp.where(live & ~finite, int(Result.NON_FINITE), state.result),
+      result=_outcome(state.result, live & ~finite, sampled),
     )
     commit = commit & keep[:, None]
     nothing = jnp.zeros_like(commit)
@@ -160,6 +162,11 @@ def _make_step(num_steps, num_drafts, score):
     )  # fmt: skip
 
   return step
+
+
+def _outcome(result, broken, sampled):
+  result = jnp.where(broken, int(Result.NON_FINITE), result)
+  return jnp.where(sampled, int(Result.UNSATISFIABLE), result).astype(jnp.int32)
 
 
 def _steps_to_slots(state, eligible, num_steps, most):

@@ -39,11 +39,11 @@ def test_the_benchmark_writes_points_limits_and_plots(network, tmp_path, capsys)
   assert code == 0
   results = json.loads((tmp_path / 'parallel_bench.json').read_text())
   points = results['points']
-  assert [p['method'] for p in points if p['method'] != 'threshold'] == [STATIC] * 6 + [
+  assert [p['method'] for p in points if p['method'] != 'threshold'] == [STATIC] * 5 + [
     'free-draft'
   ]
   static, free = points[0], points[-1]
-  assert static['knob'] == 12
+  assert static['knob'] == 8
   assert static['fixed']['tokens_per_forward'] == pytest.approx(1)
   assert free['fixed']['accuracy'] == static['fixed']['accuracy']
   assert free['fixed']['tokens_per_forward'] >= 1
@@ -80,7 +80,7 @@ def test_methods_are_chosen_by_name():
   assert choose(None, available)[0] == STATIC
   with pytest.raises(ValueError, match='unknown'):
     choose('guess', available)
-  with pytest.raises(ValueError, match='weights'):
+  with pytest.raises(ValueError, match='needs'):
     choose('distilled', available)
 
 

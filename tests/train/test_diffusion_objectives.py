@@ -11,6 +11,7 @@ import pytest
 
 from models.config import TransformerConfig
 from models.diffusion import load_diffusion
+from models.hf import load_hf
 from models.transformer import Transformer
 from train import list_tasks
 from train.config import CheckpointConfig
@@ -18,6 +19,7 @@ from train.config import DataConfig
 from train.config import EvalConfig
 from train.config import OptimizerConfig
 from train.config import TrainConfig
+from train.export import load_head
 from train.objective import get_objective
 from train.objectives import dparallel
 from train.objectives import masked_diffusion as md
@@ -295,7 +297,11 @@ def test_a_run_resumes_to_the_bit_and_its_network_loads(tmp_path):
   assert Run(config, parted, show=False).train() is Outcome.FINISHED
   same_export(whole, parted)
   loaded = load_diffusion(whole / 'export', dtype=jnp.float32)
-  assert (loaded.net.mask_id, loaded.net.shifted, loaded.net.block_size) == (47, False, None)
+  assert (loaded.net.mask_id, loaded.net.shifted, loaded.net.block_size) == (
+    len(list_tasks.VOCABULARY),
+    False,
+    None,
+  )
   assert loaded.eos_ids == (list_tasks.EOS_ID,)
 
 
@@ -319,5 +325,9 @@ def test_adapting_an_autoregressive_target_resumes_to_the_bit(tmp_path):
     first.train()
   assert Run(config, parted, show=False).train() is Outcome.FINISHED
   same_export(whole, parted)
-  facts = json.loads((whole / 'export_public' / 'config.json').read_text())
-  assert facts['mask_token_id'] == 1 and facts['shifted'] is True
+  target = load_hf(tmp_path / 'ar' / 'export', dtype=jnp.float32).transformer
+  head = load_head(whole / 'export', target)
+  assert head.facts['options']['mask_id'] == 1
+  changed = jax.tree.map(lambda a, b: (np.asarray(a) != np.asarray(b)).any(), nnx.state(head.head),
+                         nnx.state(target))  # fmt: skip
+  assert any(jax.tree.leaves(changed))

@@ -29,9 +29,9 @@ def get_config() -> TrainConfig:
     },
     target='runs/tiny_diffusion/export',
     data=DataConfig(sources=('runs/tiny_answers.jsonl',), sequence_length=256, num_held_out=16),
-    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=20, schedule='constant'),
+    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20, schedule='constant'),
     eval=EvalConfig(every=0, num_prompts=16),
     checkpoint=CheckpointConfig(every=100),
-    num_steps=200,
-    batch_size=16,
+    num_steps=150,
+    batch_size=8,
   )

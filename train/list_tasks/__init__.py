@@ -18,18 +18,18 @@ from typing import NamedTuple
 import numpy as np
 
 END = '<|endoftext|>'
-ITEMS = tuple('abcdefghijklmnopqrstuvwx')
+ITEMS = tuple('abcdefghijklmnop')
 TASKS = (
   'copy', 'reverse', 'sort', 'shuffle', 'insert_index', 'remove_index', 'replace_index',
   'insert_random', 'remove_random', 'replace_random',
 )  # fmt: skip
 INDEPENDENT = ('copy', 'reverse', 'sort', 'insert_index', 'remove_index', 'replace_index')
 """Tasks whose answers the question fixes."""
-VOCABULARY = (END, '=', ':', *TASKS, *'0123456789', *ITEMS)
-CANVAS = 12
-SHORTEST, LONGEST = 3, 8
+VOCABULARY = (END, '=', ':', *TASKS, *'0123456', *ITEMS)
+CANVAS = 8
+SHORTEST, LONGEST = 3, 6
 TOKENIZER = pathlib.Path(__file__).parent  # a folder with tokenizer.json
-NUM_DOCUMENTS = 60_000
+NUM_DOCUMENTS = 100_000
 
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 EOS_ID = _IDS[END]

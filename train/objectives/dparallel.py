@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from models.transformer import Transformer
-from train import export
 from train import losses
 from train.objective import Loss
 from train.objective import Objective
@@ -67,12 +66,7 @@ def make_objective(
                                   temperature))  # fmt: skip
     return jax.tree.map(jnp.add, *parts)
 
-  def write(head, target, directory):
-    del target
-    facts = {'mask_token_id': mask_id, 'shifted': False}
-    export.save_language_model(directory, head, tokenizer_directory=None, facts=facts)
-
-  return Objective(init=init, loss=loss, export=write)
+  return Objective(init=init, loss=loss)
 
 
 def draw_blocks(tape: Tape, key: jax.Array, block_size: int, lowest: float, highest: float):

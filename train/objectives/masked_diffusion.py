@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from models.config import TransformerConfig
 from models.transformer import Transformer
-from train import export
 from train import losses
 from train.objective import Loss
 from train.objective import Objective
@@ -135,16 +134,11 @@ def make_objective(
     facts = {'mask_token_id': mask_of(head), 'shifted': from_target}
     return facts if block_size is None else {**facts, 'block_size': block_size}
 
-  def write(head, target, directory):
-    del target
-    export.save_language_model(directory, head, tokenizer_directory=None, facts=describe(head))
-
   return Objective(
     init=init,
     loss=loss,
     needs_target=from_target,
     describe=describe,
-    export=write if from_target else None,
   )
 
 

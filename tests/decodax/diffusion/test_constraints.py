@@ -118,7 +118,7 @@ def test_the_bounded_language_is_part_of_the_grammars(expression, grammar):
   automaton = automata.compile_expression(expression, LETTERS + list('abelnrstuf'))
   texts = LETTERS + list('abelnrstuf')
   rng = np.random.default_rng(0)
-  alive = automata._alive(automaton)
+  alive = automata.live_states(automaton)
   for _ in range(40):  # random walks that stay alive, to their first end after a few letters
     state, word = 0, []
     while len(word) < 40 and not (automaton.accepting[state] and len(word) >= rng.integers(1, 9)):

@@ -195,6 +195,12 @@ def test_free_drafting_is_the_static_sampler_in_fewer_forwards(num_drafts):
   assert (saved > 0) == (num_drafts > 1)
 
 
+def test_free_drafting_refuses_rows_that_sample():
+  result = free_drafts(3)(PARAMS, make_request(), WIDTH)
+  sampled = np.asarray(make_request().sampling.temperature) > 0
+  np.testing.assert_array_equal(result.result == Result.UNSATISFIABLE, sampled)
+
+
 @pytest.mark.parametrize('shifted', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_free_drafting_with_the_exact_cache(shifted):
   net = network(shifted=shifted, block_size=WIDTH)
