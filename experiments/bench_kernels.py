@@ -206,7 +206,9 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
 
 def main(argv=None) -> int:
   """Measures, prints Markdown, writes `bench_kernels.json` and a plot."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description='How near the kernels come to what the device can do.'
+  )
   parser.add_argument('--only', default='', help='problems whose name contains this')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--out', type=pathlib.Path, help='folder for bench_kernels.json and .png')

@@ -96,7 +96,9 @@ def _compare(ours, theirs, tolerance=_TOLERANCE):
 
 def main(argv=None) -> int:
   """Checks, prints a line each, then measures."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description='Are the kernels right on this device, and how fast.'
+  )
   parser.add_argument('--no-bench', action='store_true', help='check only')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('results/gpu-check'))
   options = parser.parse_args(argv)
