@@ -127,7 +127,7 @@ def block_attention_gpu(
 
   Source: FlashAttention-3, arXiv:2407.08608, section 3.1 (producer and consumer warpgroups); splits
   and their merging as in Flash-Decoding.
-  """  # fmt: skip
+  """
   batch, num_queries, num_heads, head_dim = queries.shape
   num_kv_heads, num_tokens = keys.shape[1:3]
   group = num_heads // num_kv_heads

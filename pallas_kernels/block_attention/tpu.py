@@ -95,7 +95,7 @@ def block_attention_tpu(
 
   Source: FlashAttention, arXiv:2205.14135, algorithm 1; splits and their merging as in
   Flash-Decoding (FlashAttention-2, arXiv:2307.08691, section 3.1).
-  """  # fmt: skip
+  """
   problem = _problem(queries, keys, prefix)
   if sizes is None:
     sizes = block_sizes.tpu_block_sizes(device_kind(), problem)

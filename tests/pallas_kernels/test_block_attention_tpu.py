@@ -150,6 +150,9 @@ def test_block_sizes_fit_and_use_what_the_table_says(monkeypatch):
   assert safe == TpuBlockSizes(512, 8, 1)
   monkeypatch.setitem(block_sizes.TPU_TABLE, 'some TPU', (256, 2))
   assert block_sizes.tpu_block_sizes('some TPU', problem) == TpuBlockSizes(256, 8, 2)
+  assert block_sizes.tpu_block_sizes('TPU v5', problem) == TpuBlockSizes(512, 4, 1)
+  single = block_sizes.tpu_block_sizes('TPU v5', problem._replace(num_kv_heads=1))
+  assert single is not None and single.num_splits == 2
   many = block_sizes.tpu_block_sizes('', problem._replace(num_rows=2048))
   assert many is not None and many.heads < 8
   paged = block_sizes.tpu_block_sizes('', problem._replace(page_size=48 * 2, num_slots=960))
