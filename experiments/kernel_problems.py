@@ -228,6 +228,11 @@ def _like(shape, dtype) -> Any:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key, shape):
+  return jax.random.normal(key, shape, jnp.bfloat16)
+
+
 def _some(rng, like):
   if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
     return jax.random.split(jax.random.key(0), like.shape)
@@ -237,8 +242,7 @@ def _some(rng, like):
     return jnp.asarray(rng.integers(-100, 100, like.shape), jnp.int8)
   if jnp.issubdtype(like.dtype, jnp.integer):
     return jnp.asarray(rng.integers(0, 5, like.shape), like.dtype)
-  make = jax.jit(functools.partial(jax.random.normal, shape=like.shape, dtype=jnp.bfloat16))
-  return make(jax.random.key(rng.integers(2**31))).astype(like.dtype)
+  return _normal(jax.random.key(rng.integers(2**31)), like.shape).astype(like.dtype)
 
 
 def _tree(rng, num_nodes):
