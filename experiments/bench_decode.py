@@ -142,7 +142,7 @@ def render(name: str, ceilings: Ceilings, rows: list[Row]) -> str:
 
 def main(argv=None) -> int:
   """Measures, prints Markdown and writes `bench_decode.json`."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(description='What a decoding step of a whole model costs.')
   on_cpu = jax.default_backend() == 'cpu'  # which takes minutes for the smallest
   config, prefixes, batches = (
     ('smollm2-135m', [1024], [1]) if on_cpu else ('llama-1b', [1024, 8192, 32768], [1, 8, 32])

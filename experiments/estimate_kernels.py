@@ -149,7 +149,9 @@ def render(estimates: list[Estimate]) -> str:
 
 def main(argv=None) -> int:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description='What block attention should take on devices that are not at hand.'
+  )
   parser.add_argument('--devices', nargs='+', choices=sorted(DEVICES), default=list(DEVICES))
   options = parser.parse_args(argv)
   shapes = [

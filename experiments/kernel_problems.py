@@ -61,7 +61,7 @@ class Attention(NamedTuple):
 
 def attention(shape: Attention) -> Problem:
   """Returns a block attention problem with full rows."""
-  s, like = shape, jax.ShapeDtypeStruct
+  s, like = shape, _like
   cache_dtype = jnp.dtype(s.dtype if s.cache_dtype is None else s.cache_dtype)
   slots = like((1, s.batch, s.num_kv_heads, s.prefix, s.head_dim), cache_dtype)
   table = None
@@ -98,7 +98,7 @@ def attention(shape: Attention) -> Problem:
 
 def commit_path(batch=8, num_layers=32, num_slots=8192, path=6, nodes=64, paged=False) -> Problem:
   """Returns a commit of a tree's path into the keys of an 8B Llama."""
-  like, heads, head_dim = jax.ShapeDtypeStruct, 8, 128
+  like, heads, head_dim = _like, 8, 128
   slots = like((num_layers, batch, heads, num_slots, head_dim), jnp.bfloat16)
   table = None
   if paged:
@@ -122,7 +122,7 @@ def commit_path(batch=8, num_layers=32, num_slots=8192, path=6, nodes=64, paged=
 
 def verify_nodes(batch=8, nodes=64, vocab_size=128256, filtered=False, laws=False) -> Problem:
   """Returns a verification of a tree's nodes; `filtered` with top-k, top-p and min-p."""
-  like = jax.ShapeDtypeStruct
+  like = _like
   logits = like((batch, nodes, vocab_size), jnp.float32)
   rows = like((batch,), jnp.float32)
   filters = dict(top_k=like((batch,), jnp.int32), top_p=rows, min_p=rows) if filtered else {}
@@ -144,7 +144,7 @@ def verify_nodes(batch=8, nodes=64, vocab_size=128256, filtered=False, laws=Fals
 
 def unmask_block(batch=8, length=32, vocab_size=126464, hidden=None, dtype=jnp.bfloat16) -> Problem:
   """Returns an unmasking of a block; with a hidden size fused with the head."""
-  like = jax.ShapeDtypeStruct
+  like = _like
   if hidden is None:
     args = (like((batch, length, vocab_size), dtype), None)
   else:
@@ -223,6 +223,16 @@ def fill(problem: Problem, seed: int = 0):
   return logits, tokens, jnp.full_like(temperature, 0.8), keys, more
 
 
+def _like(shape, dtype) -> Any:
+  """Returns what stands for an array where only its shape and dtype matter."""
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key, shape):
+  return jax.random.normal(key, shape, jnp.bfloat16)
+
+
 def _some(rng, like):
   if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
     return jax.random.split(jax.random.key(0), like.shape)
@@ -232,8 +242,7 @@ def _some(rng, like):
     return jnp.asarray(rng.integers(-100, 100, like.shape), jnp.int8)
   if jnp.issubdtype(like.dtype, jnp.integer):
     return jnp.asarray(rng.integers(0, 5, like.shape), like.dtype)
-  make = jax.jit(functools.partial(jax.random.normal, shape=like.shape, dtype=jnp.bfloat16))
-  return make(jax.random.key(rng.integers(2**31))).astype(like.dtype)
+  return _normal(jax.random.key(rng.integers(2**31)), like.shape).astype(like.dtype)
 
 
 def _tree(rng, num_nodes):

@@ -88,9 +88,15 @@ def _make_prefix(rng, shape, dead):
   if shape.page_size is not None:
     slots, table = _into_pages(rng, slots, length, shape.page_size, dead)
   return Prefix(
-    *slots, jnp.asarray(positions, jnp.int32), jnp.asarray(length), jnp.int32(1), table,
-    *(scales if narrow else (None, None)),
-  )  # fmt: skip
+    keys=slots[0],
+    values=slots[1],
+    positions=jnp.asarray(positions, jnp.int32),
+    length=jnp.asarray(length),
+    layer=jnp.int32(1),
+    page_table=table,
+    key_scale=scales[0] if narrow else None,
+    value_scale=scales[1] if narrow else None,
+  )
 
 
 def _into_pages(rng, slots, length, page_size, dead):

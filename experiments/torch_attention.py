@@ -7,9 +7,9 @@ head size.
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch.nn import functional
-from torch.nn.attention import flex_attention as flex
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
+from torch.nn.attention import flex_attention as flex  # pyright: ignore[reportMissingImports]
 
 
 def measure(

@@ -64,7 +64,9 @@ def time_candidates(problem: Problem, table: dict, kind: str, candidates, repeat
 
 def main(argv=None) -> int:
   """Times every candidate and prints the best."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description='Finds the block sizes of block attention for this device.'
+  )
   parser.add_argument('--repeats', type=int, default=3)
   options = parser.parse_args(argv)
   backend, kind = jax.default_backend(), jax.devices()[0].device_kind

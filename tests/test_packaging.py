@@ -99,6 +99,7 @@ def test_wheel_metadata(unpacked):
   assert metadata['License-Expression'] == 'Apache-2.0'
   assert list(unpacked.glob('*.dist-info/licenses/LICENSE'))
   assert set(metadata.get_all('Provides-Extra', [])) == {
+    'aot',
     'all',
     'dev',
     'experiments',

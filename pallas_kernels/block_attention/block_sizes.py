@@ -34,6 +34,8 @@ class TpuBlockSizes(NamedTuple):
 # device kind -> (slots, splits) to start from; `python -m experiments.tune_kernels` makes it.
 TPU_TABLE: dict[str, tuple[int, int]] = {}
 _SAFE = (512, 1)
+# Chips whose cores are one device: the kernel must leave them something to share out.
+_CORES = {'TPU v4': 2, 'TPU v5': 2, 'TPU v5p': 2}
 
 
 def tpu_block_sizes(kind: str, problem: Problem) -> TpuBlockSizes | None:
@@ -41,9 +43,13 @@ def tpu_block_sizes(kind: str, problem: Problem) -> TpuBlockSizes | None:
 
   The table says how many slots to read at a time. Of the pairs (slots, heads) that fit, the one
   that reads most at a time is taken, since a step has a fixed cost of a third of a microsecond.
+  Where two cores are one device they get groups of heads, or splits if there are no groups.
   """
   slots, num_splits = TPU_TABLE.get(kind, _SAFE)
+  cores = _CORES.get(kind, 1)
   heads_left = [h for h in range(problem.num_kv_heads, 0, -1) if problem.num_kv_heads % h == 0]
+  shared = [h for h in heads_left if problem.num_kv_heads // h % cores == 0]
+  heads_left, num_splits = (shared, num_splits) if shared else (heads_left, max(num_splits, cores))
   best, best_read = None, 0
   for block_kv in _block_sizes(slots, problem):
     for heads in heads_left:

@@ -127,7 +127,7 @@ def block_attention_gpu(
 
   Source: FlashAttention-3, arXiv:2407.08608, section 3.1 (producer and consumer warpgroups); splits
   and their merging as in Flash-Decoding.
-  """  # fmt: skip
+  """
   batch, num_queries, num_heads, head_dim = queries.shape
   num_kv_heads, num_tokens = keys.shape[1:3]
   group = num_heads // num_kv_heads
@@ -139,7 +139,10 @@ def block_attention_gpu(
     num_slots = 0 if prefix is None else prefix.positions.shape[1]
     sizes = block_sizes.gpu_block_sizes(device_kind(), head_dim, num_blocks, num_slots, page)
   padded = round_up(num_tokens, sizes.block_kv)
+  lowest = None
   if window is not None:
+    assert query_positions is not None and key_positions is not None
+    lowest = query_positions - window
     mask = narrow_mask(mask, num_tokens, window, query_positions, key_positions)
   words = pack_mask(mask) if mask.dtype == jnp.bool_ else mask
   words = jnp.pad(words, [(0, 0), (0, 0), (0, padded // WORD - words.shape[2])])
@@ -168,7 +171,6 @@ def block_attention_gpu(
     words=spread_rows(words, group, num_rows).transpose(0, 2, 1),
   )
   if prefix is not None:
-    lowest = None if window is None else query_positions - window
     inputs = inputs._replace(**_prefix_inputs(call, prefix, lowest, group, num_rows))
   mixed, peaks = _run(call, inputs, interpret)
   mixed = mixed.reshape(-1, batch, num_kv_heads, *mixed.shape[2:])
@@ -360,12 +362,12 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   def prefix(ragged, index, carry):
     tile = _tile_of(inputs, row, index)
     slot = lax.rem(num_own + index - low, jnp.int32(stages))
-    left = inputs.length[row] - tile * block  # slots of the tile that are valid
+    valid = inputs.length[row] - tile * block  # slots of the tile
 
     def visible():
       ok = None
       if ragged:
-        ok = _iota(call, (_TILE, block), 1) < left
+        ok = _iota(call, (_TILE, block), 1) < valid
       if call.windowed:
         shape = (_TILE, block)
         lowest = _load(call, inputs.lowest.at[row, rows], _BY_ROW)
@@ -377,7 +379,7 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
       return ok
 
     has_mask = ragged or call.windowed
-    left = left if ragged else None
+    left = valid if ragged else None
     return _step(call, scratch, queries, slot, visible if has_mask else None, left, carry)
 
   carry = (
@@ -421,7 +423,7 @@ def _step(call, scratch, queries, slot, visible, left, carry):
     plgpu.wgmma(product, queries, plgpu.transpose_ref(scratch.keys.at[slot], (1, 0)))
     return product[...]
 
-  scores = pl.run_scoped(multiply_keys, plgpu.ACC((_TILE, block), jnp.float32))
+  scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((_TILE, block), jnp.float32))
   plgpu.barrier_arrive(scratch.key_used.at[slot])
   if call.soft_cap is not None:
     scores = call.soft_cap * jnp.tanh(scores / call.soft_cap)
@@ -455,7 +457,7 @@ def _accumulate(call, mixed, weights, values):
   def multiply(product):
     plgpu.wgmma(product, weights, values)
 
-  return pl.run_state(multiply)(plgpu.ACC.init(mixed))
+  return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(mixed))
 
 
 def _clear_dead(call, scratch, values, left):
@@ -479,11 +481,15 @@ def _clear_dead(call, scratch, values, left):
 def _unpack(call, words, row, rows, first, block):
   """Returns bool[64, block], what the rows see of a tile of the block itself."""
   shape = (_TILE, block)
-  lane, own = _iota(call, shape, 1), None
-  for index in range(block // WORD):
+  lane = _iota(call, shape, 1)
+
+  def spread(index):
     word = _load(call, words.at[row, first + index, rows], _BY_ROW)
-    word = lax.broadcast_in_dim(word, shape, [0])
-    own = word if own is None else jnp.where(lane >= index * WORD, word, own)
+    return lax.broadcast_in_dim(word, shape, [0])
+
+  own = spread(0)
+  for index in range(1, block // WORD):
+    own = jnp.where(lane >= index * WORD, spread(index), own)
   return (lax.shift_right_logical(own, lane & (WORD - 1)) & 1) > 0
 
 

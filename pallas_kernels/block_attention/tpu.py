@@ -95,14 +95,17 @@ def block_attention_tpu(
 
   Source: FlashAttention, arXiv:2205.14135, algorithm 1; splits and their merging as in
   Flash-Decoding (FlashAttention-2, arXiv:2307.08691, section 3.1).
-  """  # fmt: skip
+  """
   problem = _problem(queries, keys, prefix)
   if sizes is None:
     sizes = block_sizes.tpu_block_sizes(device_kind(), problem)
   assert sizes is not None
   num_queries, group = queries.shape[1], queries.shape[2] // keys.shape[1]
   num_rows, num_tokens = num_queries * group, keys.shape[2]
+  lowest = None
   if window is not None:
+    assert query_positions is not None and key_positions is not None
+    lowest = query_positions - window
     mask = narrow_mask(mask, num_tokens, window, query_positions, key_positions)
   words = pack_mask(mask) if mask.dtype == jnp.bool_ else mask
   rows = [(0, 0), (0, 0), (0, problem.num_rows - num_rows), (0, 0)]
@@ -110,8 +113,8 @@ def block_attention_tpu(
   by_row = functools.partial(spread_rows, group=group, num_rows=problem.num_rows)
   grouped = jnp.pad(group_queries(queries, keys.shape[1], scale), rows)
   own = [grouped, jnp.pad(keys, tokens), jnp.pad(values, tokens), by_row(words)]
-  if window is not None and prefix is not None:
-    own.append(by_row(query_positions[:, :, None] - window))
+  if lowest is not None and prefix is not None:
+    own.append(by_row(lowest[:, :, None]))
   call = _Call(
     problem=problem,
     sizes=sizes,
@@ -124,9 +127,7 @@ def block_attention_tpu(
     has_prefix=prefix is not None,
     dtype=queries.dtype,
   )
-  lowest = None
-  if call.windowed:
-    lowest = (query_positions - window).min(-1)
+  lowest = None if lowest is None else lowest.min(-1)
   parts = _run(call, own, prefix, lowest, interpret)
   mixed = parts[0][0] if sizes.num_splits == 1 else _merge(*parts).astype(queries.dtype)
   return ungroup(mixed[:, :, :num_rows], queries.shape)
@@ -148,8 +149,9 @@ class _Call(NamedTuple):
 
 
 def _num_pages(prefix, sizes):
-  paged = prefix is not None and prefix.page_table is not None
-  return sizes.block_kv // prefix.keys.shape[3] if paged else 1
+  if prefix is None or prefix.page_table is None:
+    return 1
+  return sizes.block_kv // prefix.keys.shape[3]
 
 
 def _merge(mixed, peak, total):

@@ -60,7 +60,7 @@ def unmask_gpu(
     inputs = [flat, head.astype(flat.dtype)]
   tiles, steps = pl.cdiv(num_rows, rows), pl.cdiv(vocab_size, width)
   parts = max(1, min(steps, _PROGRAMS // tiles))
-  dtypes = State(jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+  dtypes = State.dtypes()
   padded = tiles * rows
   found = pl.pallas_call(
     functools.partial(_kernel, vocab_size, rows, width, pl.cdiv(steps, parts), transposed),
@@ -92,7 +92,7 @@ def _kernel(vocab_size, rows, width, steps, transposed, *refs):
       logits = plt.load(inputs[0].at[row, ids], mask=inside, other=-jnp.inf).astype(jnp.float32)
     else:
       product = _product(
-        *inputs, first_row, (part * steps + step) * width, (rows, width), transposed
+        inputs[0], inputs[1], first_row, (part * steps + step) * width, (rows, width), transposed
       )
       logits = jnp.where(inside, product, -jnp.inf)
     return logits, ids

@@ -3,7 +3,7 @@
 Axes: `M` positions, `n` tokens of a block of the vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ class State(NamedTuple):
   token: jax.Array  # i32 the first largest
   total: jax.Array  # f32 sum of exp(logits - peak)
   moment: jax.Array  # f32 sum of exp(logits - peak) * (logits - peak)
+
+  @staticmethod
+  def dtypes() -> list[Any]:
+    """Returns the dtypes of the fields."""
+    return [jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32]
 
   @classmethod
   def empty(cls, shape: tuple[int, ...]) -> 'State':

@@ -69,7 +69,7 @@ def unmask_tpu(
       pl.BlockSpec((rows, size), lambda i, j: (i, 0)),
       pl.BlockSpec((size, block), lambda i, j: (0, j)),
     ]
-  dtypes = State(jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+  dtypes = State.dtypes()
   out = pl.BlockSpec((rows, 1), lambda i, j: (i, 0))
   parts = pl.pallas_call(
     functools.partial(_kernel, vocab_size, block, transposed),

@@ -3,7 +3,7 @@
 Axes: `B` batch, `N` nodes, `M = B N` rows, `K` tokens asked for.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,17 @@ def make_request(tokens, num_nodes, temperature, top_k, top_p, min_p, residual, 
     return values.reshape(-1, 1)
 
   def of_row(values):
-    return None if values is None else column(jnp.repeat(values, num_nodes))
+    return column(jnp.repeat(values, num_nodes))
+
+  def rule(values):
+    return None if values is None else of_row(values)
 
   words = None
   if keys is not None:
     data = jax.lax.bitcast_convert_type(jax.random.key_data(keys), jnp.int32)
     words = (column(data[..., 0]), column(data[..., 1]))
   return Request(
-    warp=core.Warp(*(of_row(values) for values in (temperature, top_k, top_p, min_p))),
+    warp=core.Warp(of_row(temperature), rule(top_k), rule(top_p), rule(min_p)),
     tokens=tuple(column(tokens[..., k]) for k in range(tokens.shape[2])),
     residual=None if residual is None else column(residual).astype(jnp.int32),
     keys=words,
@@ -45,7 +48,7 @@ def make_request(tokens, num_nodes, temperature, top_k, top_p, min_p, residual, 
 def gathered_shapes(request: Request, has_laws: bool, num_rows: int) -> core.Gathered:
   """Returns the shapes of `core.Gathered` for a request."""
 
-  def column(dtype=jnp.float32):
+  def column(dtype=jnp.float32) -> Any:
     return jax.ShapeDtypeStruct((num_rows, 1), dtype)
 
   num_tokens = len(request.tokens)
@@ -65,17 +68,21 @@ def ingredients(gathered: core.Gathered, batch: int, num_nodes: int) -> Ingredie
   """Returns what `verify` returns from columns [M, 1]."""
 
   def plain(column):
-    return None if column is None else column.reshape(batch, num_nodes)
+    return column.reshape(batch, num_nodes)
 
   def stacked(columns):
-    return None if columns is None else jnp.stack([plain(c) for c in columns], axis=-1)
+    return jnp.stack([plain(column) for column in columns], axis=-1)
 
   return Ingredients(
     argmax=plain(gathered.argmax),
     floor=plain(gathered.floor),
     log_normalizer=plain(gathered.log_normalizer),
     log_probs=stacked(gathered.log_probs),
-    draft_log_probs=stacked(gathered.draft_log_probs),
-    excess=plain(gathered.excess),
-    sample=plain(gathered.sample),
+    draft_log_probs=_if_any(stacked, gathered.draft_log_probs),
+    excess=_if_any(plain, gathered.excess),
+    sample=_if_any(plain, gathered.sample),
   )
+
+
+def _if_any(function, value):
+  return None if value is None else function(value)

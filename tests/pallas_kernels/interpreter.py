@@ -16,7 +16,8 @@ def strict() -> pltpu.InterpretParams:
 
 def assert_no_races() -> None:
   """Asserts that the kernel interpreted last had none."""
-  assert not interpret_pallas_call.races.races_found
+  races = interpret_pallas_call.races
+  assert races is not None and not races.races_found
 
 
 def compiled(function: Callable) -> Callable:

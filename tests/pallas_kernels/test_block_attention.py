@@ -223,6 +223,6 @@ def test_shapes_that_disagree_are_refused(change, message):
 def test_a_window_without_positions_and_a_foreign_prefix_are_refused():
   *inputs, prefix = _inputs(13)
   with pytest.raises(ValueError, match='a window needs query_positions and key_positions'):
-    block_attention(*inputs, prefix, scale=_SCALE, window=jnp.int32(4))
+    _jitted()(*inputs, prefix, window=jnp.int32(4))
   with pytest.raises(ValueError, match=r'prefix must be \[L, B, Hkv, S, Dh\]'):
-    block_attention(*inputs, prefix._replace(keys=prefix.keys[:, :2]), scale=_SCALE)
+    _jitted()(*inputs, prefix._replace(keys=prefix.keys[:, :2]))

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,8 +136,9 @@ def test_a_packed_mask_says_the_same_and_dispatch_interprets():
 )
 def test_what_the_kernel_cannot_do_it_says(shape, message):
   inputs = make_problem(shape._replace(lengths=(5,)))
+  run = jax.jit(functools.partial(block_attention, scale=SCALE, implementation='tpu'))
   with pytest.raises(NotImplementedError, match=message):
-    block_attention(*inputs, scale=SCALE, implementation='tpu')
+    run(*inputs)
 
 
 def test_block_sizes_fit_and_use_what_the_table_says(monkeypatch):
@@ -148,7 +150,10 @@ def test_block_sizes_fit_and_use_what_the_table_says(monkeypatch):
   assert safe == TpuBlockSizes(512, 8, 1)
   monkeypatch.setitem(block_sizes.TPU_TABLE, 'some TPU', (256, 2))
   assert block_sizes.tpu_block_sizes('some TPU', problem) == TpuBlockSizes(256, 8, 2)
+  assert block_sizes.tpu_block_sizes('TPU v5', problem) == TpuBlockSizes(512, 4, 1)
+  single = block_sizes.tpu_block_sizes('TPU v5', problem._replace(num_kv_heads=1))
+  assert single is not None and single.num_splits == 2
   many = block_sizes.tpu_block_sizes('', problem._replace(num_rows=2048))
   assert many is not None and many.heads < 8
   paged = block_sizes.tpu_block_sizes('', problem._replace(page_size=48 * 2, num_slots=960))
-  assert paged is not None and paged.block_kv % 128 == 0 or paged.block_kv == 96
+  assert paged is not None and (paged.block_kv % 128 == 0 or paged.block_kv == 96)

@@ -1,11 +1,31 @@
 """Which implementation runs: named, by default, or the best that works."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments.kernel_problems import Attention
+from experiments.kernel_problems import attention
+from experiments.kernel_problems import commit_path
+from experiments.kernel_problems import fill
+from experiments.kernel_problems import unmask_block
+from experiments.kernel_problems import verify_nodes
 from pallas_kernels import default_implementation
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Kernel
+
+_SMALL = {
+  'attention': attention(
+    Attention(
+      batch=2, num_queries=3, prefix=256, num_heads=4, num_kv_heads=2, head_dim=64,
+      dtype=jnp.float32,
+    )
+  ),
+  'commit': commit_path(batch=2, num_layers=1, num_slots=1024, path=3, nodes=4),
+  'verify': verify_nodes(batch=2, nodes=2, vocab_size=500, filtered=True),
+  'unmask': unmask_block(batch=1, length=3, vocab_size=500, dtype=jnp.float32),
+}  # fmt: skip
 
 
 def _load(reasons):
@@ -74,3 +94,18 @@ def test_a_device_gets_its_kernel_unless_the_kernel_cannot(monkeypatch, backend)
 def test_another_gpu_than_hopper_gets_xla(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   assert _run() == 'xla x'  # this machine's device has no compute capability
+
+
+@pytest.mark.parametrize('name', ['attention', 'commit', 'verify', 'unmask'])
+def test_the_automatic_choice_is_made_for_the_platform_that_runs(monkeypatch, name):
+  """Where a TPU is the default, what is compiled for another platform still gets the XLA form."""
+  problem = _SMALL[name]
+  args = fill(problem)
+  expected = jax.tree.leaves(problem.run(*args))
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  traced = jax.jit(problem.run).trace(*args)
+  assert 'pallas_call' in str(traced.jaxpr)
+  monkeypatch.undo()
+  found = jax.tree.leaves(traced.lower().compile()(*args))
+  for ours, theirs in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
