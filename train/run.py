@@ -14,6 +14,7 @@ the bit. What a folder holds:
   non_finite/        the batch that broke a run
 """
 
+import contextlib
 import enum
 import json
 import pathlib
@@ -159,14 +160,14 @@ class Run:
     checkpoints = Checkpoints(
       self.workdir / 'checkpoints', keep_last=self.config.checkpoint.keep_last
     )
-    start = checkpoints.last_step or 0
-    state = checkpoints.restore(start, self.like) if start else self.first_state()
-    with _Terminations() as stop, self._reporter(start) as report:
-      self._say(report, self._describe(start))
-      outcome, state = self._loop(state, start, checkpoints, report, stop)
-      if outcome is Outcome.FINISHED:
-        self._finish(state, checkpoints, report)
-    checkpoints.close()
+    with contextlib.closing(checkpoints):  # whatever happens, a save that has begun is finished
+      start = checkpoints.last_step or 0
+      state = checkpoints.restore(start, self.like) if start else self.first_state()
+      with _Terminations() as stop, self._reporter(start) as report:
+        self._say(report, self._describe(start))
+        outcome, state = self._loop(state, start, checkpoints, report, stop)
+        if outcome is Outcome.FINISHED:
+          self._finish(state, checkpoints, report)
     return outcome
 
   def _loop(self, state, start, checkpoints, report, stop):

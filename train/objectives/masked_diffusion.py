@@ -138,6 +138,7 @@ def make_objective(
     init=init,
     loss=loss,
     needs_target=from_target,
+    is_target=from_target,
     describe=describe,
   )
 
