@@ -2,7 +2,8 @@
 
   python -m train.main --config tiny_draft_lm --workdir runs/tiny_draft_lm
 
-Expect RESULT.
+Expect 300 steps, real tokens/call shown every 100 of them, and the head in
+runs/tiny_draft_lm/export. How it compares with the others: experiments.drafters.
 """
 
 from train.config import TrainConfig
