@@ -2,7 +2,7 @@
 
   python -m experiments.parallel_bench
   python -m experiments.parallel_bench --methods threshold,factor,klass --num-examples 100
-  python -m experiments.parallel_bench --temperature 1
+  python -m experiments.parallel_bench --model exact --temperature 1
 
 Trains the tiny diffusion network first if it is not there. Sweeps every unmasking policy over its
 knob on ten list tasks, and prints accuracy beside tokens per forward. Expect, after training, some
@@ -34,9 +34,12 @@ from experiments.diffusion_methods import STATIC
 from experiments.diffusion_methods import Runner
 from experiments.diffusion_methods import choose
 from experiments.display import make_console
+from experiments.exact_network import exact_network
+from experiments.exact_network import make_worlds
 from train import list_tasks
 
 SCHEMA = 1
+EXACT = 'exact'  # the network that knows all laws
 CACHE_BLOCK = 4  # slots of a block where caches are compared: the canvas has several
 # Okabe and Ito's colours, which colour-blind people can tell apart, then some between.
 _COLORS = ('#222222', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F',
@@ -53,30 +56,27 @@ def _main(argv):
   args = _parser().parse_args(argv)
   console = make_console()
   say = lambda text: console.print(text, style='dim', markup=False)  # noqa: E731
-  with cli.user_errors():
-    loaded = tiny_diffusion.load(args.model, say)
-    trained = tiny_diffusion.trained_parts(say) if args.model == tiny_diffusion.NAME else {}
   examples = [
     example
     for task in list_tasks.TASKS
     for example in list_tasks.examples(args.num_examples, args.seed + 1, (task,))
   ]
-  request = tiny_diffusion.make_request(
-    examples, loaded.net.mask_id, temperature=args.temperature, seed=args.seed
-  )
-  runner = Runner(loaded.net, loaded.params, request, block_size=args.block_size, trained=trained)
+  runner = _make_runner(args, examples, say)
   with cli.user_errors():
-    names = choose(args.methods, runner.available())
+    available = [name for name in runner.available() if args.model != EXACT or name != 'guided']
+    names = choose(args.methods, available)
   points = []
   for name in names:
     for knob in METHODS[name].knobs:
       point = measure(runner, name, knob, examples)
       points.append(point)
       say(_line(point))
-  caches = [] if args.no_caches else compare_caches(runner, examples, say)
+  no_caches = args.no_caches or args.model == EXACT
+  caches = [] if no_caches else compare_caches(runner, examples, say)
   results = {
     'schema': SCHEMA,
     'command': cli.command_line('experiments.parallel_bench', argv),
+    'model': args.model,
     'temperature': args.temperature,
     'block_size': args.block_size,
     'num_examples': args.num_examples,
@@ -97,6 +97,20 @@ def _main(argv):
   return 0
 
 
+def _make_runner(args, examples, say) -> Runner:
+  """Returns what runs methods on the examples with the model that was asked for."""
+  options = dict(temperature=args.temperature, seed=args.seed)
+  if args.model == EXACT:
+    net, params, trained = exact_network(), make_worlds(examples), {}
+  else:
+    with cli.user_errors():
+      loaded = tiny_diffusion.load(args.model, say)
+      trained = tiny_diffusion.trained_parts(say) if args.model == tiny_diffusion.NAME else {}
+    net, params = loaded.net, loaded.params
+  request = tiny_diffusion.make_request(examples, net.mask_id, **options)
+  return Runner(net, params, request, block_size=args.block_size, trained=trained)
+
+
 def _parser():
   parser = cli.Parser(
     prog='python -m experiments.parallel_bench',
@@ -104,7 +118,8 @@ def _parser():
   )
   parser.add_argument(
     '--model', default=tiny_diffusion.NAME, metavar='DIR',
-    help='a network trained on the list tasks (default: the tiny one, trained if need be)',
+    help="a network trained on the list tasks (default: the tiny one, trained if need be), or "
+    f"'{EXACT}': one that knows all laws, untrained",
   )  # fmt: skip
   parser.add_argument('--methods', metavar='A,B,C', help='default: all whose weights are there')
   parser.add_argument(
@@ -374,7 +389,8 @@ def _finish(figure, panels, results):
   handles, labels = panels[-1].get_legend_handles_labels()
   figure.legend(handles, labels, loc='outside right upper', frameon=False, fontsize=8)
   figure.suptitle(
-    f'Parallel decoding, temperature {results["temperature"]:g}, {results["num_examples"]} '
+    f'Parallel decoding, {results["model"]}, temperature {results["temperature"]:g}, '
+    f'{results["num_examples"]} '
     f'examples a task', fontsize=11, x=0.01, ha='left',
   )  # fmt: skip
 

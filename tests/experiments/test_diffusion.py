@@ -3,6 +3,7 @@
 import json
 
 from flax import nnx
+import numpy as np
 import pytest
 
 from experiments import compare
@@ -10,6 +11,10 @@ from experiments import parallel_bench
 from experiments.diffusion_methods import METHODS
 from experiments.diffusion_methods import STATIC
 from experiments.diffusion_methods import choose
+from experiments.exact_network import MASK_ID
+from experiments.exact_network import exact_network
+from experiments.exact_network import make_worlds
+from experiments.exact_network import worlds_of
 from models.config import TransformerConfig
 from models.transformer import Transformer
 from train import list_tasks
@@ -72,6 +77,31 @@ def test_compare_takes_a_diffusion_model(network, tmp_path, capsys):
   assert rows[1]['forwards'] <= rows[0]['forwards']
   assert compare.main(['--model', str(network), '--list']) == 0
   assert 'Fast-dLLM' in capsys.readouterr().out
+
+
+def test_the_exact_network_knows_every_law():
+  examples = list(list_tasks.examples(3, 3, ('shuffle', 'copy', 'remove_random')))
+  worlds, net = make_worlds(examples), exact_network()
+  longest = max(len(example.prompt) for example in examples)
+  tokens = np.zeros((3, longest + list_tasks.CANVAS), np.int32)
+  for row, example in enumerate(examples):
+    start = len(example.prompt)
+    tokens[row, :start] = list_tasks.to_ids(example.prompt)
+    tokens[row, start : start + list_tasks.CANVAS] = MASK_ID
+  tokens[0, len(examples[0].prompt)] = list_tasks.to_ids(examples[0].line[1:2])[0]
+  positions = np.broadcast_to(np.arange(tokens.shape[1])[None], tokens.shape)
+  mask = np.ones((3, tokens.shape[1], tokens.shape[1]), bool)
+  output, _ = net.model.extend(worlds, None, tokens, positions, mask)
+  law = np.exp(np.asarray(net.model.unembed(worlds, output.hidden)))
+  for row, example in enumerate(examples):
+    answers = worlds_of(example)
+    if row == 0:  # the first slot is written
+      answers = [answer for answer in answers if answer[0] == example.line[1]]
+    for slot in range(1, len(answers[0])):
+      for item in example.line:
+        share = np.mean([answer[slot] == item for answer in answers])
+        found = law[row, len(example.prompt) + slot, list_tasks.to_ids([item])[0]]
+        assert abs(found - share) < 1e-3, (example.task, slot, item)
 
 
 def test_methods_are_chosen_by_name():
