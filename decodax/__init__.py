@@ -1,6 +1,7 @@
 """decodax: decoding faster than one token per forward pass, as pure functions in JAX."""
 
 from decodax import controllers
+from decodax import diffusion
 from decodax import drafters
 from decodax import kv_cache
 from decodax import noise
@@ -60,6 +61,7 @@ __all__ = [
   'check_compatible',
   'controllers',
   'decode',
+  'diffusion',
   'drafters',
   'finish',
   'generate',

@@ -22,7 +22,6 @@ from decodax.types import Model
 from decodax.types import ModelOutput
 from decodax.types import Observation
 from decodax.types import Params
-from decodax.types import Proposal
 from decodax.types import Request
 from decodax.types import Result
 from decodax.types import RoundInfo
@@ -219,7 +218,7 @@ def speculative_step(
   proposal, drafter_state = _propose(params, state, drafter, verifier)
   proposal = proposal._replace(valid=proposal.valid & (live[:, None] | _is_root(proposal)))
   scored = _score(params, state, proposal, live, model, drafter, verifier)
-  verdict, finite, output, block, logits = scored
+  verdict, finite, output, block, logits, extra_logits = scored
 
   tokens, num_emitted, result = _emit(state, proposal, verdict, live, finite)
   seen = state.seen
@@ -241,7 +240,7 @@ def speculative_step(
     num_accepted=last,
     next_token=jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0],
   )
-  observation = Observation(proposal, emitted_verdict, num_emitted, output, logits)
+  observation = Observation(proposal, emitted_verdict, num_emitted, output, logits, extra_logits)
   drafter_state = drafter.observe(params, drafter_state, observation, new_state)
   info = RoundInfo(proposal, verdict, tokens, num_emitted)
   return new_state._replace(drafter=drafter_state), info
@@ -291,7 +290,9 @@ def _is_root(proposal):
 
 
 def _score(params, state, proposal, live, model, drafter, verifier):
-  """Returns (verdict, finite bool[B], output, block, logits or None), all at full width N."""
+  """Returns (verdict, finite bool[B], output, block, logits or None, logits of the drafter's extra
+  nodes or None), all at full width N.
+  """
   shape = drafter.shape
   score = functools.partial(
     _score_at_width, params, state, proposal, live, model, drafter, verifier
@@ -307,33 +308,57 @@ def _score(params, state, proposal, live, model, drafter, verifier):
 
 def _score_at_width(params, state, proposal, live, model, drafter, verifier, width):
   shape = drafter.shape
-  narrow: Proposal = jax.tree.map(lambda a: a[:, :width], proposal)
+  narrow = _narrow(proposal, width)
   max_depth = min(shape.max_depth, width - 1)
   mask, depths = trees.topology(
     narrow, shape._replace(num_nodes=width, max_depth=max_depth) if shape.is_chain else shape
   )
-  extra = None if verifier.extra_nodes is None else verifier.extra_nodes(narrow)
+  extra = _extra_nodes(narrow, verifier)
   layout = (narrow.tokens, depths, mask)
   tokens, depths, visible = layout if extra is None else _append_nodes(*layout, extra)
   positions = state.length[:, None] - 1 + depths
   output, block = model.extend(params.target, state.cache, tokens, positions, visible)
   own: ModelOutput = jax.tree.map(lambda a: a[:, :width], output)
-
-  def unembed(hidden):
-    logits = model.unembed(params.target, hidden)
-    _check_logits(logits, narrow, model)
-    return logits if state.seen is None else _penalize_nodes(logits, narrow, mask, state)
-
-  logits, opinions = unembed(own.hidden), None
+  hidden = own.hidden
   if extra is not None:
-    judges = jnp.take_along_axis(output.hidden, width + extra.opinions[:, :, None], axis=1)
-    opinions = unembed(judges)
+    asked = jnp.take_along_axis(output.hidden, width + extra.opinions[:, :, None], axis=1)
+    hidden = jnp.concatenate([hidden, asked], axis=1)
+  every = model.unembed(params.target, hidden)  # at once: it reads the whole vocabulary
+  _check_logits(every, hidden, narrow, model)
+  logits, opinions = every[:, :width], None if extra is None else every[:, width:]
+  if state.seen is not None:
+    logits = _penalize_nodes(logits, narrow, mask, state)
+    if narrow.extra is None and opinions is not None:
+      opinions = _penalize_nodes(opinions, narrow, mask, state)
   evidence = Evidence(params, state.sampling, own, logits, opinions)
   verdict = _verify(state, narrow, evidence, live, verifier, max_depth)
   path = jnp.pad(verdict.path, ((0, 0), (0, shape.max_depth - max_depth)))
   verdict = verdict._replace(path=path)
   finite = _path_is_finite(logits, verdict)
-  return verdict, finite, own, block, logits if shape.needs_logits else None
+  shown = logits if shape.needs_logits else None
+  return verdict, finite, own, block, shown, None if narrow.extra is None else opinions
+
+
+def _narrow(proposal, width):
+  """Returns the first `width` nodes of the proposal, and all extra nodes."""
+  extra, num_nodes = proposal.extra, proposal.tokens.shape[1]
+  narrow = jax.tree.map(lambda a: a[:, :width], proposal._replace(extra=None))
+  if extra is None:
+    return narrow
+  mask = jnp.concatenate([extra.mask[:, :, :width], extra.mask[:, :, num_nodes:]], axis=2)
+  return narrow._replace(extra=extra._replace(mask=mask))
+
+
+def _extra_nodes(proposal, verifier):
+  """Returns the nodes to be read beside the proposal, the drafter's or the verifier's, or None."""
+  if verifier.extra_nodes is None:
+    return proposal.extra
+  if proposal.extra is not None:
+    raise ValueError(
+      f'verifier {verifier.name!r} has nodes of its own read beside the proposal, and so has this '
+      f'drafter; only one of them can'
+    )
+  return verifier.extra_nodes(proposal)
 
 
 def _append_nodes(tokens, depths, mask, extra):
@@ -346,10 +371,11 @@ def _append_nodes(tokens, depths, mask, extra):
   )
 
 
-def _check_logits(logits, proposal, model):
-  expected = (*proposal.tokens.shape, model.vocab_size)
+def _check_logits(logits, hidden, proposal, model):
+  expected = (*hidden.shape[:2], model.vocab_size)
   if logits.shape != expected:
     raise ValueError(f'unembed must return [B, N, V] = {expected}: {logits.shape=}')
+  expected = (*proposal.tokens.shape, model.vocab_size)
   if proposal.laws is not None and proposal.laws.shape != expected:
     raise ValueError(
       f'the proposal has laws over another vocabulary: {proposal.laws.shape=}, '

@@ -90,6 +90,21 @@ class Request(NamedTuple):
 # --- One round ---------------------------------------------------------------------------------
 
 
+class ExtraNodes(NamedTuple):
+  """M nodes that the target reads beside a proposal. They are never committed.
+
+  A verifier has them read for a second opinion on every node of the proposal; a drafter, to draft
+  the next round. Either way they are part of the same forward pass. None of the proposal's nodes
+  sees them.
+  """
+
+  tokens: jax.Array  # i32[B, M]
+  depths: jax.Array  # i32[B, M] how far each one's position is from the root's
+  mask: jax.Array  # bool[B, M, N + M] which of the proposal's nodes, then of these, each one sees
+  opinions: jax.Array  # i32[B, Q] the extra nodes whose logits are wanted. For a verifier Q is N:
+  # for each node of the proposal, the extra node that judges it
+
+
 class Proposal(NamedTuple):
   """A draft tree. Node 0 is the last emitted token, which is not in the cache yet."""
 
@@ -97,6 +112,9 @@ class Proposal(NamedTuple):
   parents: jax.Array  # i32[B, N] parents[:, i] < i; -1 at the root
   valid: jax.Array  # bool[B, N] valid nodes come first, and parents of valid nodes are valid
   laws: jax.Array | None = None  # f32[B, N, V] logits of the law of each node's children, or None
+  trusted: jax.Array | None = None  # bool[B, N] nodes to be emitted even if the target disagrees;
+  # lossless verifiers do not read it
+  extra: ExtraNodes | None = None  # what the drafter has the target read for it
 
 
 class Verdict(NamedTuple):
@@ -105,18 +123,6 @@ class Verdict(NamedTuple):
   path: jax.Array  # i32[B, D + 1] accepted nodes, root first; entries past num_accepted are dead
   num_accepted: jax.Array  # i32[B] accepted draft tokens, the root not counted
   next_token: jax.Array  # i32[B] the token after the path
-
-
-class ExtraNodes(NamedTuple):
-  """M nodes that a verifier has the target read beside a proposal. They are never committed.
-
-  What they are for: a second opinion on every node of the proposal, from the same forward pass.
-  """
-
-  tokens: jax.Array  # i32[B, M]
-  depths: jax.Array  # i32[B, M] how far each one's position is from the root's
-  mask: jax.Array  # bool[B, M, N + M] which of the proposal's nodes, then of these, each one sees
-  opinions: jax.Array  # i32[B, N] for each node of the proposal, the extra node that judges it
 
 
 class Evidence(NamedTuple):
@@ -142,6 +148,8 @@ class Candidates(enum.Enum):
   # the same token twice; node order is the order of the draws
   COMPETING = 'competing'  # as WITHOUT_REPLACEMENT, but branches compete for nodes: whether a node
   # exists depends on tokens in other branches (stochastic beams, node budgets)
+  CARRIED = 'carried'  # as SAMPLED, but drafts of a rejected round may stay: for rules whose
+  # decision on a draft does not depend on drafts below it
   TOP_AND_ONE = 'top_and_one'  # the most probable tokens, then one child drawn from the node's law,
   # in which those tokens have the logit -inf
 
@@ -171,6 +179,7 @@ class Observation(NamedTuple):
   num_emitted: jax.Array  # i32[B] 0 for rows that are done; else num_accepted + 1
   output: ModelOutput  # of every node: [B, N, ...]
   logits: jax.Array | None  # f32[B, N, V] if `DraftShape.needs_logits`
+  extra_logits: jax.Array | None = None  # f32[B, Q, V] at `Proposal.extra.opinions`, not penalised
 
 
 class Drafter(NamedTuple):
@@ -226,6 +235,7 @@ class Result(enum.IntEnum):
   LENGTH = 2  # emitted max_new_tokens
   CAPACITY = 3  # its row of the token buffer is full
   NON_FINITE = 4  # the target's logits were NaN or infinite; the round was dropped
+  UNSATISFIABLE = 5  # a constraint on the output that nothing can meet any more
 
 
 class Stats(NamedTuple):

@@ -5,7 +5,7 @@
 Measures, for a model (SmolLM2-135M-Instruct unless named) at batch 1, greedy:
 
 * plain decoding in tokens/s beside Hugging Face transformers with the same weights and prompts, if
-  it is installed (`pip install -e '.[interop]'`);
+  it is installed (`pip install -e '.[interop]'`), with and without the time to the first token;
 * plain decoding as a fraction of what reading the weights once per token would allow at the
   memory bandwidth measured in the same run;
 * the time of a call that verifies T tokens, relative to T = 1;
@@ -19,7 +19,6 @@ time. On two cores the whole takes about five minutes.
 import argparse
 from collections.abc import Callable, Mapping
 import functools
-import json
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from decodax import drafters
 from decodax import verifiers
 from decodax.types import Params
 from experiments import cli
+from experiments import files
 from models.adapter import as_model
 from models.registry import DEFAULT_MODEL
 from models.registry import load_model
@@ -45,13 +45,20 @@ _WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16)
 _CAPACITIES = (512, 2048, 8192)
 
 
+class Speed(NamedTuple):
+  """Tokens per second over all prompts."""
+
+  decoding: float  # from the first emitted token on
+  whole: float  # reading the prompt included
+
+
 class Result(NamedTuple):
   """All that was measured. Times are best of the repeats."""
 
   model: str
   device: str
-  plain_tokens_per_second: float
-  peer_tokens_per_second: float | None
+  plain: Speed
+  peer: Speed | None
   bandwidth_gb_per_second: float
   weights_gb: float
   call_ms: dict[int, float]  # by width, capacity 512
@@ -62,12 +69,13 @@ class Result(NamedTuple):
     """Returns the figures that are compared between versions, by name."""
     ideal = self.bandwidth_gb_per_second / self.weights_gb
     ratios = {
-      'plain / bandwidth limit': self.plain_tokens_per_second / ideal,
+      'plain / bandwidth limit': self.plain.decoding / ideal,
       'block of 5 / 1 token': self.call_ms[5] / self.call_ms[1],
       'capacity 8192 / 512': self.capacity_ms[8192] / self.capacity_ms[512],
     }
-    if self.peer_tokens_per_second:
-      ratios['plain / transformers'] = self.plain_tokens_per_second / self.peer_tokens_per_second
+    if self.peer is not None:
+      ratios['plain / transformers, decoding'] = self.plain.decoding / self.peer.decoding
+      ratios['plain / transformers, prompt and output'] = self.plain.whole / self.peer.whole
     return ratios
 
 
@@ -100,17 +108,20 @@ def measure(loaded: LoadedModel, prompts: list[list[int]], options) -> Result:
   num_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
   bandwidth = num_bytes / best_seconds({'read': _read_job(num_bytes)}, _READS)['read'] / 1e9
   generate, compile_seconds = _compile_generation(loaded, params, prompts, options)
-  peer = None if options.no_peer else load_peer(loaded, options)
+  peer = None if options.no_peer else load_peer(loaded)
+  lengths = 1, options.max_new_tokens
   jobs = {}
   for index, prompt in enumerate(prompts):
-    jobs['plain', index] = functools.partial(generate, prompt)
-    if peer is not None:
-      jobs['peer', index] = functools.partial(peer, prompt)
+    for length in lengths:
+      jobs['plain', index, length] = functools.partial(generate, prompt, length)
+      if peer is not None:
+        jobs['peer', index, length] = functools.partial(peer, prompt, length)
   best = best_seconds(jobs, options.repeats)
 
-  def tokens_per_second(who):
-    seconds = [best[who, index] for index in range(len(prompts))]
-    return options.max_new_tokens * len(seconds) / sum(seconds)
+  def speed(who):
+    first, whole = (sum(best[who, index, n] for index in range(len(prompts))) for n in lengths)
+    num_tokens = options.max_new_tokens * len(prompts)
+    return Speed((num_tokens - len(prompts)) / (whole - first), num_tokens / whole)
 
   calls = {('width', width): _call_job(loaded, params, width, 512) for width in _WIDTHS}
   calls |= {('capacity', c): _call_job(loaded, params, 1, c) for c in _CAPACITIES}
@@ -122,8 +133,8 @@ def measure(loaded: LoadedModel, prompts: list[list[int]], options) -> Result:
   return Result(
     model=loaded.name,
     device=str(jax.devices()[0].device_kind),
-    plain_tokens_per_second=tokens_per_second('plain'),
-    peer_tokens_per_second=None if peer is None else tokens_per_second('peer'),
+    plain=speed('plain'),
+    peer=None if peer is None else speed('peer'),
     bandwidth_gb_per_second=bandwidth,
     weights_gb=_bytes_per_token(loaded, params) / 1e9,
     call_ms=by_kind['width'],
@@ -147,15 +158,15 @@ def _read_job(num_bytes):
 
 
 def _compile_generation(loaded, params, prompts, options):
-  """Returns (prompt -> tokens i32[...], seconds of compiling each of its two parts)."""
+  """Returns ((prompt, number of tokens) -> tokens, seconds of compiling each of its two parts)."""
   model, drafter = as_model(loaded.transformer), drafters.plain()
   step_fn = decodax.make_step_fn(model=model, drafter=drafter, verifier=verifiers.greedy)
   needed = max(map(len, prompts)) + options.max_new_tokens
 
-  def request(prompt):
+  def request(prompt, num_tokens):
     return decodax.make_request(
       [prompt],
-      max_new_tokens=options.max_new_tokens,
+      max_new_tokens=num_tokens,
       vocab_size=model.vocab_size,
       capacity=1 << (needed - 1).bit_length(),
     )
@@ -169,15 +180,15 @@ def _compile_generation(loaded, params, prompts, options):
 
   everything = Params(params)
   compiled, seconds = [], {}
-  example = request(prompts[0])
+  example = request(prompts[0], 1)
   for name, function in (('prefill', read), ('generate', decode)):
     start = time.perf_counter()
     compiled.append(jax.jit(function).lower(everything, example).compile())
     seconds[name] = time.perf_counter() - start
     example = jax.eval_shape(function, everything, example)
 
-  def generate(prompt):
-    state = compiled[0](everything, request(prompt))
+  def generate(prompt, num_tokens):
+    state = compiled[0](everything, request(prompt, num_tokens))
     return jax.block_until_ready(compiled[1](everything, state)).tokens
 
   return generate, seconds
@@ -213,8 +224,11 @@ def _call_job(loaded, params, width, capacity):
   return job
 
 
-def load_peer(loaded: LoadedModel, options) -> Callable[[list[int]], Any] | None:
-  """Returns prompt -> tokens of transformers' greedy generation, or None if not installed."""
+def load_peer(loaded: LoadedModel) -> Callable[[list[int], int], Any] | None:
+  """Returns (prompt, number of tokens) -> tokens of transformers' greedy generation.
+
+  None if transformers is not installed.
+  """
   try:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
@@ -227,14 +241,14 @@ def load_peer(loaded: LoadedModel, options) -> Callable[[list[int]], Any] | None
   ).eval()
   peer.generation_config.eos_token_id = None
 
-  def generate(prompt):
+  def generate(prompt, num_tokens):
     with torch.inference_mode():
       return peer.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
         do_sample=False,
-        max_new_tokens=options.max_new_tokens,
-        min_new_tokens=options.max_new_tokens,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
         pad_token_id=0,
       )
 
@@ -246,14 +260,13 @@ def load_peer(loaded: LoadedModel, options) -> Callable[[list[int]], Any] | None
 
 def render(result: Result) -> str:
   """Returns the result as Markdown."""
-  peer = result.peer_tokens_per_second
   lines = [
-    f'{result.model} on {result.device}, float32, batch 1, greedy, prompt and output timed.',
+    f'{result.model} on {result.device}, float32, batch 1, greedy.',
     '',
     '| figure | value |',
     '|---|---|',
-    f'| plain decoding, tokens/s | {result.plain_tokens_per_second:.1f} |',
-    f'| transformers, tokens/s | {"not installed" if peer is None else f"{peer:.1f}"} |',
+    *_speed_lines('plain decoding', result.plain),
+    *_speed_lines('transformers', result.peer),
     f'| memory bandwidth, GB/s | {result.bandwidth_gb_per_second:.1f} |',
     f'| weights read per token, GB | {result.weights_gb:.3f} |',
     *(f'| {name} | {value:.2f} |' for name, value in result.ratios().items()),
@@ -268,6 +281,15 @@ def render(result: Result) -> str:
   for capacity, ms in result.capacity_ms.items():
     lines.append(f'| {capacity} | {ms:.2f} | {ms / result.capacity_ms[512]:.2f} |')
   return '\n'.join(lines)
+
+
+def _speed_lines(name, speed):
+  if speed is None:
+    return [f'| {name} | not installed |']
+  return [
+    f'| {name}, tokens/s | {speed.decoding:.1f} |',
+    f'| {name} with the prompt, tokens/s | {speed.whole:.1f} |',
+  ]
 
 
 def main(argv=None) -> int:
@@ -289,9 +311,12 @@ def main(argv=None) -> int:
   result = measure(loaded, prompts, options)
   print(render(result))
   if options.out is not None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    record = result._asdict() | {'ratios': result.ratios(), 'jax': jax.__version__}
-    (options.out / 'bench_loop.json').write_text(json.dumps(record, indent=2))
+    record = result._asdict()
+    record['plain'], record['peer'] = (
+      speed and speed._asdict() for speed in (result.plain, result.peer)
+    )
+    record |= {'ratios': result.ratios(), 'jax': jax.__version__}
+    files.write_whole(options.out / 'bench_loop.json', files.to_json(record))
   return 0
 
 

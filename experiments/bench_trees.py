@@ -12,7 +12,6 @@ take turns, and the best of the turns counts. On two cores the whole takes about
 
 import argparse
 import functools
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from decodax.decode import root_tokens
 from decodax.drafters.expander import Expander
 from decodax.drafters.expander import Grown
 from decodax.types import Params
+from experiments import files
 from experiments.bench_loop import best_seconds
 from models.adapter import as_model
 from models.registry import DEFAULT_MODEL
@@ -170,7 +170,6 @@ def main(argv=None) -> int:
   rows = measure(load_model(options.model), options)
   print(render(rows, options))
   if options.out is not None:
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {
       'device': str(jax.devices()[0].device_kind),
       'jax': jax.__version__,
@@ -178,7 +177,7 @@ def main(argv=None) -> int:
       'num_nodes': options.num_nodes,
       'rows': [row._asdict() | {'share': row.share} for row in rows],
     }
-    (options.out / 'bench_trees.json').write_text(json.dumps(record, indent=2))
+    files.write_whole(options.out / 'bench_trees.json', files.to_json(record))
   return 0
 
 

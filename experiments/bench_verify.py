@@ -14,7 +14,6 @@ repeats each. On two cores the whole takes about five minutes and 3 GB.
 """
 
 import argparse
-import json
 import pathlib
 import time
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from decodax.types import Candidates
 from decodax.types import DraftShape
 from decodax.types import Proposal
 from decodax.types import Verifier
+from experiments import files
 from models.adapter import as_model
 from models.config import TransformerConfig
 from models.transformer import Transformer
@@ -255,7 +255,6 @@ def main(argv=None) -> int:
   call, rows = measure(options)
   print(render(call, rows, options))
   if options.out is not None:
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {
       'device': str(jax.devices()[0].device_kind),
       'jax': jax.__version__,
@@ -263,7 +262,7 @@ def main(argv=None) -> int:
       'rules': [row._asdict() for row in rows],
     }
     record |= {name: getattr(options, name) for name in ('batch_size', 'num_nodes', 'vocab_size')}
-    (options.out / 'bench_verify.json').write_text(json.dumps(record, indent=2))
+    files.write_whole(options.out / 'bench_verify.json', files.to_json(record))
   return 0
 
 

@@ -22,7 +22,6 @@ import json
 import os
 import pathlib
 import platform
-import tempfile
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -36,6 +35,7 @@ import decodax
 from decodax import theory
 from decodax.types import Model
 from experiments import cli
+from experiments import files
 from experiments.bench_loop import best_seconds
 from experiments.display import Display
 from experiments.display import make_console
@@ -95,23 +95,6 @@ def read_calibration(path: str | pathlib.Path, *, batch_size: int = 1) -> Calibr
 
 def _curve(record) -> theory.CostCurve:
   return theory.CostCurve(np.asarray(record['block_sizes']), np.asarray(record['times_ms']))
-
-
-def write_json(path: pathlib.Path, record: Any) -> None:
-  """Writes a JSON file, replacing it as a whole: a reader never sees half of one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, partial = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
-  try:
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-      json.dump(record, file, indent=2, allow_nan=False)
-      file.write('\n')
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(partial, 0o666 & ~mask)
-    os.replace(partial, path)
-  except BaseException:
-    os.unlink(partial)
-    raise
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -293,7 +276,7 @@ def _main(argv):
         repeats=args.repeats, progress=display.stage,
       )  # fmt: skip
   with cli.user_errors():
-    write_json(args.out, _record(results, setup, argv))
+    files.write_whole(args.out, files.to_json(_record(results, setup, argv)))
   console.print(table(results))
   console.print(f'Written to {args.out}', soft_wrap=True, markup=False)
   return 0

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from experiments.methods import Setup
 from experiments.methods import default_methods
 from models.registry import DEFAULT_MODEL
 from models.registry import load_model
+from train.export import load_head
 
 PROMPTS_DIRECTORY = pathlib.Path(__file__).parent / 'prompts'
 DEFAULT_PROMPTS = PROMPTS_DIRECTORY / 'default.jsonl'
@@ -162,6 +164,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     '--draft', metavar='NAME|DIR|FILE.gguf', help='a draft model, for draft-model'
   )
   parser.add_argument(
+    '--head', metavar='DIR', help='a head trained for the model (train.main), for trained-head'
+  )
+  parser.add_argument(
     '--num-drafts', type=at_least(1), metavar='N', help="tokens drafted a round (each method's own)"
   )
   parser.add_argument(
@@ -206,14 +211,16 @@ def nearest_text(name: str, valid: Iterable[str], *, show_all: bool = False) -> 
   return f'; valid are: {", ".join(valid)}' if show_all and valid else ''
 
 
-def choose_methods(names: str | None, temperature: float, *, has_draft: bool) -> list[str]:
+def choose_methods(
+  names: str | None, temperature: float, *, has_draft: bool, has_head: bool = False
+) -> list[str]:
   """Returns the methods asked for, or the default ones; each once.
 
   Raises:
     UserError: for an unknown method, or one whose weights are missing.
   """
   if names is None:
-    return default_methods(temperature, has_draft=has_draft)
+    return default_methods(temperature, has_draft=has_draft, has_head=has_head)
   chosen = list(dict.fromkeys(name.strip() for name in names.split(',') if name.strip()))
   if not chosen:
     raise UserError(f'no method named; valid are: {", ".join(METHODS)}')
@@ -222,6 +229,8 @@ def choose_methods(names: str | None, temperature: float, *, has_draft: bool) ->
       raise UserError(f'unknown method {name!r}{nearest_text(name, METHODS, show_all=True)}')
     if METHODS[name].needs_draft and not has_draft:
       raise UserError(f'method {name!r} needs the weights of a draft model: give --draft')
+    if METHODS[name].needs_head and not has_head:
+      raise UserError(f'method {name!r} needs a head trained for the model: give --head')
   return chosen
 
 
@@ -240,7 +249,16 @@ def load_setup(args: argparse.Namespace, progress: Callable[[str], None]) -> Set
   """
   target = _load(args.model, progress)
   draft = None if args.draft is None else _load(args.draft, progress)
-  return Setup(target, draft, args.num_drafts, args.exit_layer)
+  with user_errors():
+    head = None if args.head is None else load_head(args.head, target.transformer)
+  texts = functools.partial(_sample_texts, target)
+  return Setup(target, draft, args.num_drafts, args.exit_layer, head, texts)
+
+
+def _sample_texts(target):
+  """Returns the project's own prompts as token ids, as far as they fit the model."""
+  texts = [encode_prompt(target.tokenizer, prompt.text) for prompt in read_prompts(DEFAULT_PROMPTS)]
+  return [text for text in texts if len(text) <= target.transformer.config.max_position]
 
 
 def _load(name, progress):

@@ -3,14 +3,15 @@
   python -m experiments.compare
   python -m experiments.compare --model path/to/model --prompts mine.jsonl --temperature 0.8
   python -m experiments.compare --list
+  python -m experiments.compare --model tiny-diffusion
 
 Expect, for the first: SmolLM2-135M-Instruct answers 48 prompts with every method that needs no
 other weights, the outputs are those of plain decoding, and n-gram lookup gains where text is
-copied (code editing). Tables and plots are explained in docs/experiments.md.
+copied (code editing). Tables and plots are explained in docs/experiments.md. The last compares the
+policies of masked diffusion on a tiny network, which is trained first.
 """
 
 from collections.abc import Sequence
-import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +28,8 @@ from rich.table import Table
 
 import decodax
 from experiments import cli
+from experiments import diffusion_compare
+from experiments import files
 from experiments import measure
 from experiments import report
 from experiments.display import Display
@@ -47,13 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv):
   args = _parser().parse_args(argv)
   console = make_console()
+  if diffusion_compare.is_diffusion(args.model):
+    return diffusion_compare.run(args, argv, console)
   if args.list:
     console.print(_list_methods())
     return 0
-  names = cli.choose_methods(args.methods, args.temperature, has_draft=args.draft is not None)
+  names = cli.choose_methods(
+    args.methods,
+    args.temperature,
+    has_draft=args.draft is not None,
+    has_head=args.head is not None,
+  )
   names = [PLAIN, *(name for name in names if name != PLAIN)]  # what all are compared with
   prompts = cli.read_prompts(args.prompts, args.num_prompts)
-  with _directory(args.out or report.default_directory(args.model)) as directory:
+  out = args.out or files.default_directory('compare', args.model)
+  with files.results_directory(out) as directory:
     with Display(console) as display:
       comparison = _prepare(args, names, prompts, display)
       interrupt = comparison.run(display)
@@ -65,22 +76,6 @@ def _main(argv):
   if interrupt is not None:
     return cli.exit_code_of(interrupt)
   return int(any(method['num_failed'] for method in results['methods']))
-
-
-@contextlib.contextmanager
-def _directory(path):
-  """Creates the folder for results before anything else can take long; empty, it is not left."""
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise cli.UserError(f'cannot create the folder for results, {path}: {error}') from error
-  if not os.access(path, os.W_OK):
-    raise cli.UserError(f'cannot write to the folder for results, {path}')
-  try:
-    yield path
-  finally:
-    if not any(path.iterdir()):
-      path.rmdir()
 
 
 def _parser():
@@ -129,7 +124,7 @@ def _list_methods():
       method.summary,
       method.exactness(temperature=1.0),
       method.candidates.value,
-      '--draft' if method.needs_draft else '',
+      '--draft' if method.needs_draft else '--head' if method.needs_head else '',
     )
   table.caption = 'At temperature 0 every lossless method is token-identical to plain decoding.'
   table.caption_justify = 'left'
@@ -147,6 +142,8 @@ def _prepare(args, names, prompts, display):
   display.done('model', f'{_describe(setup.target)}, {time.perf_counter() - start:.1f} s')
   if setup.draft is not None:
     display.done('draft', _describe(setup.draft))
+  if setup.head is not None:
+    display.done('head', f'{setup.head.name} from {args.head}')
   config, tokenizer = setup.target.transformer.config, setup.target.tokenizer
   encoded = []
   for prompt in prompts:
@@ -230,6 +227,7 @@ class _Comparison:
       'command': cli.command_line('experiments.compare', argv),
       'model': _model_facts(self.setup.target),
       'draft': None if self.setup.draft is None else _model_facts(self.setup.draft),
+      'head': None if self.setup.head is None else dict(self.setup.head.facts),
       'device': _device(),
       'versions': _versions(),
       'config': self._config(),

@@ -2,19 +2,22 @@
 
 An entry says how to build its drafter for given weights, and which verifiers go with it: the first
 is the default and bears the entry's name, each other one gives a method `name/verifier`. Trees are
-drafted by the draft model if there is one, else by the target's first layers, and have the same
-number of nodes, so that they can be compared.
+drafted by the trained head or the draft model if there is one, else by the target's first layers,
+and have the same number of nodes, so that they can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
+import numpy as np
 
 import decodax
+from decodax import controllers
 from decodax import drafters
 from decodax import static_trees
 from decodax import verifiers
+from decodax.controllers import Controller
 from decodax.drafters.expander import Expander
 from decodax.types import Candidates
 from decodax.types import DecodeState
@@ -23,9 +26,13 @@ from decodax.types import Model
 from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
+from experiments.laws import acceptance_by_rank
 from models.adapter import as_model
+from models.heads import head_expander
+from models.heads import head_taps
 from models.transformer import Transformer
 from models.weights import LoadedModel
+from train.export import LoadedHead
 
 PLAIN = 'plain'  # the method that the others are compared with
 
@@ -37,6 +44,8 @@ class Setup(NamedTuple):
   draft: LoadedModel | None = None
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
+  head: LoadedHead | None = None  # trained for the target
+  sample_texts: Callable[[], Sequence[Sequence[int]]] | None = None  # to measure acceptance on
 
 
 class Decoder(NamedTuple):
@@ -61,6 +70,7 @@ class Method(NamedTuple):
   candidates: Candidates  # what its drafter proposes
   verifier: Verifier
   needs_draft: bool = False  # weights of a draft model
+  needs_head: bool = False  # a head trained for the target
   by_default: bool = True  # does it run when no method is named?
 
   def exactness(self, temperature: float) -> str:
@@ -85,10 +95,42 @@ def _early_exit(setup: Setup) -> Decoder:
   return _decoder(setup, drafters.early_exit(exit_model, num_drafts=setup.num_drafts or 1))
 
 
+def _controlled(make: Callable[[Setup], Controller]) -> Callable[[Setup], Decoder]:
+  """Returns how to build an early exit that drafts as long as a controller lets it."""
+
+  def build(setup):
+    exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
+    num_drafts = setup.num_drafts or _MAX_DRAFTS
+    drafter = drafters.early_exit(exit_model, num_drafts=num_drafts, controller=make(setup))
+    return _decoder(setup, drafter)
+
+  return build
+
+
+def _online(setup):
+  share = _exit_layer(setup) / setup.target.transformer.config.num_layers
+  times = controllers.cost_ratio_times(share, setup.num_drafts or _MAX_DRAFTS)
+  lengths = [n for n in (0, 1, 2, 4) if n < len(times)]
+  return controllers.online(times[np.asarray(lengths)], lengths=lengths)
+
+
 def _draft_model(setup: Setup) -> Decoder:
   draft = _draft_of(setup)
   drafter = drafters.draft_model(as_model(draft), num_drafts=setup.num_drafts or 4)
   return _decoder(setup, drafter, nnx.state(draft))
+
+
+def _trained_head(setup: Setup) -> Decoder:
+  if setup.head is None:
+    raise ValueError('trained-head needs a head trained for the target: give --head')
+  expander = head_expander(setup.head.head, setup.target.transformer)
+  return _with_head(setup, drafters.chain_drafter(expander, num_drafts=setup.num_drafts or 4))
+
+
+def _with_head(setup, drafter):
+  head, transformer = setup.head.head, setup.target.transformer
+  params = Params(nnx.state(transformer), nnx.state(head))
+  return Decoder(as_model(transformer, taps=head_taps(head)), drafter, params)
 
 
 def _draft_of(setup: Setup) -> Transformer:
@@ -105,6 +147,53 @@ def _draft_of(setup: Setup) -> Transformer:
   return draft.transformer
 
 
+def _jacobi(**options) -> Callable[[Setup], Decoder]:
+  def build(setup):
+    return _decoder(setup, drafters.jacobi(num_drafts=setup.num_drafts or 7, **options))
+
+  return build
+
+
+def _lookahead(setup: Setup) -> Decoder:
+  return _decoder(setup, drafters.lookahead(window=5, ngram=(setup.num_drafts or 3) + 1))
+
+
+def _sjd(redraw: str) -> Callable[[Setup], Decoder]:
+  def build(setup):
+    vocab_size = setup.target.transformer.config.vocab_size
+    num_drafts = setup.num_drafts or 7
+    drafter = drafters.sjd(vocab_size=vocab_size, num_drafts=num_drafts, redraw=redraw)
+    return _decoder(setup, drafter)
+
+  return build
+
+
+def _lexical_units(setup: Setup) -> Decoder:
+  pad_id = _blank_id(setup.target)
+  drafter = drafters.lexical_units(pad_id=pad_id, num_drafts=setup.num_drafts or 3)
+  return _decoder(setup, drafter)
+
+
+def _input_guided(setup: Setup) -> Decoder:
+  return _decoder(setup, drafters.input_guided(num_drafts=setup.num_drafts or 15))
+
+
+def _masked_draft(setup: Setup) -> Decoder:
+  draft = _draft_of(setup)
+  drafter = drafters.masked_draft(
+    drafters.model_expander(as_model(draft)),
+    mask_id=_blank_id(setup.target),
+    num_drafts=setup.num_drafts or 7,
+  )
+  return _decoder(setup, drafter, nnx.state(draft))
+
+
+def _blank_id(loaded):
+  """Returns the token that stands for one to be filled in: the stop id, which no text contains."""
+  return loaded.eos_ids[0] if loaded.eos_ids else 0
+
+
+_MAX_DRAFTS = 4  # of a controlled early exit
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
 _TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
@@ -117,10 +206,22 @@ def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
   return _tree(make)
 
 
+def _sequoia_tree(setup: Setup) -> Decoder:
+  if setup.sample_texts is None:
+    raise ValueError('sequoia-tree needs texts to measure the acceptance on: Setup.sample_texts')
+  texts, exit_layer = setup.sample_texts(), _exit_layer(setup)
+  acceptance = acceptance_by_rank(setup.target, texts, draft=setup.draft, exit_layer=exit_layer)
+  tree = static_trees.sequoia(acceptance, _TREE.num_nodes, max_depth=3)
+  return _tree(lambda expander: drafters.static_tree(expander, tree))(setup)
+
+
 def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
-  """Returns how to build a tree drafter around the draft model, or else around an early exit."""
+  """Returns how to build a tree drafter around a head, a draft model, or else an early exit."""
 
   def build(setup):
+    if setup.head is not None:
+      expander = head_expander(setup.head.head, setup.target.transformer)
+      return _with_head(setup, make(expander))
     if setup.draft is None:
       exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
       return _decoder(setup, make(drafters.exit_expander(exit_model)))
@@ -163,6 +264,7 @@ class _Entry(NamedTuple):
   candidates: Candidates
   verifiers: tuple[Verifier, ...] = (verifiers.coupled,)
   needs_draft: bool = False
+  needs_head: bool = False
   by_default: bool = True
 
 
@@ -182,13 +284,31 @@ _ENTRIES = (
     Candidates.SAMPLED, _CHAIN_RULES,
   ),
   _Entry(
+    'early-exit-confidence', 'early exit, until a draft is unsure (0.6)',
+    _controlled(lambda setup: controllers.confidence()), Candidates.SAMPLED,
+    (verifiers.coupled, verifiers.speculative), by_default=False,
+  ),
+  _Entry(
+    'early-exit-online', 'early exit, while the acceptance learned so far pays',
+    _controlled(_online),
+    Candidates.SAMPLED, (verifiers.coupled, verifiers.speculative), by_default=False,
+  ),
+  _Entry(
     'draft-model', 'a smaller model with the same vocabulary drafts', _draft_model,
     Candidates.SAMPLED, _CHAIN_RULES, needs_draft=True,
+  ),
+  _Entry(
+    'trained-head', 'a head trained for the target drafts', _trained_head,
+    Candidates.SAMPLED, _CHAIN_RULES, needs_head=True,
   ),
   _Entry(
     'static-tree', 'a fixed tree of the likeliest tokens',
     _static_tree(Candidates.DETERMINISTIC), Candidates.DETERMINISTIC,
     (verifiers.coupled, verifiers.typical()), by_default=False,
+  ),
+  _Entry(
+    'sequoia-tree', 'the best fixed tree for the acceptance measured on our prompts',
+    _sequoia_tree, Candidates.DETERMINISTIC, by_default=False,
   ),
   _Entry(
     'sampled-tree', 'a fixed tree drawn without replacement (RSD-C)',
@@ -225,6 +345,45 @@ _ENTRIES = (
     _tree(lambda e: drafters.stochastic_beam_tree(e, beam_width=3, max_depth=3, num_nodes=8)),
     Candidates.COMPETING, (verifiers.without_replacement, verifiers.coupled), by_default=False,
   ),
+  _Entry(
+    'jacobi', 'iterates on a window of guesses until they stop changing', _jacobi(),
+    Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'jacobi-ngram', 'as jacobi, but guesses what followed the last tokens before',
+    _jacobi(guess_fn=drafters.guesses.ngram()), Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'jacobi-early-exit', 'as jacobi, but emits guesses after three iterations, settled or not',
+    _jacobi(exit_after=3), Candidates.DETERMINISTIC, (verifiers.trusting,), by_default=False,
+  ),
+  _Entry(
+    'lookahead', 'collects n-grams in a Jacobi window and tries them in the same call', _lookahead,
+    Candidates.DETERMINISTIC, (verifiers.coupled, verifiers.sample_and_match), by_default=False,
+  ),
+  _Entry(
+    'sjd', 'Jacobi iteration on draws and their laws, draws kept where possible', _sjd('coupled'),
+    Candidates.CARRIED, (verifiers.speculative, verifiers.coupled), by_default=False,
+  ),
+  _Entry(
+    'sjd-fresh', 'Jacobi iteration on draws and their laws, drawn anew each round', _sjd('fresh'),
+    Candidates.SAMPLED, (verifiers.speculative, verifiers.coupled, verifiers.block),
+    by_default=False,
+  ),
+  _Entry(
+    'lud', 'emits what the target is confident of behind padding (for a target trained to that)',
+    _lexical_units, Candidates.DETERMINISTIC, (verifiers.trusting, verifiers.coupled),
+    by_default=False,
+  ),
+  _Entry(
+    'iad', 'copies the prompt on, and finds back to it after changes', _input_guided,
+    Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'gad', 'a masked language model fills all drafts at once', _masked_draft, Candidates.SAMPLED,
+    (verifiers.coupled, verifiers.speculative, verifiers.near_best()), needs_draft=True,
+    by_default=False,
+  ),
 )  # fmt: skip
 
 
@@ -238,6 +397,7 @@ def _methods(entry):
       entry.candidates,
       verifier,
       needs_draft=entry.needs_draft,
+      needs_head=entry.needs_head,
       by_default=entry.by_default,
     )
 
@@ -247,7 +407,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def default_methods(temperature: float, *, has_draft: bool = False) -> list[str]:
+def default_methods(
+  temperature: float, *, has_draft: bool = False, has_head: bool = False
+) -> list[str]:
   """Returns the names of the methods to run when none are named.
 
   Those are chains and copies whose weights are there, by lossless rules; at temperature 0 only one
@@ -259,5 +421,6 @@ def default_methods(temperature: float, *, has_draft: bool = False) -> list[str]
     if method.by_default
     and method.verifier.lossless
     and (has_draft or not method.needs_draft)
+    and (has_head or not method.needs_head)
     and (temperature > 0 or '/' not in name)
   ]

@@ -1,13 +1,9 @@
 """What remains of a comparison: tables for a person, files for programs, plots."""
 
 from collections.abc import Mapping, Sequence
-import datetime
 import io
 import json
-import os
 import pathlib
-import re
-import tempfile
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from experiments import files as files_lib
 from experiments.methods import PLAIN
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
@@ -151,18 +148,6 @@ def _num_prompts(results):
 # --- Files -------------------------------------------------------------------------------------
 
 
-def default_directory(model: str) -> pathlib.Path:
-  """Returns a folder under `results/` that does not exist yet, after what `--model` names."""
-  name = pathlib.PurePath(model).name.removesuffix('.gguf')
-  slug = re.sub(r'[^\w.-]+', '-', name).strip('-.') or 'model'
-  stamp = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
-  path = base = pathlib.Path('results') / f'compare-{slug}-{stamp}'
-  number = 2
-  while path.exists():
-    path, number = base.with_name(f'{base.name}-{number}'), number + 1
-  return path
-
-
 def write_all(
   directory: pathlib.Path, results: Results, outputs: Sequence[Mapping[str, Any]]
 ) -> list[str]:
@@ -171,7 +156,7 @@ def write_all(
   Each file is replaced as a whole, so that a reader never sees half of one.
   """
   files = {
-    'results.json': json.dumps(results, indent=2, allow_nan=False).encode() + b'\n',
+    'results.json': files_lib.to_json(results),
     'outputs.jsonl': ''.join(
       json.dumps(output, ensure_ascii=False) + '\n' for output in outputs
     ).encode(),
@@ -183,27 +168,8 @@ def write_all(
     if figure is not None:
       files[name] = _png(figure)
   for name, data in files.items():
-    _replace(directory / name, data)
+    files_lib.write_whole(directory / name, data)
   return list(files)
-
-
-def _replace(path, data):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, partial = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      file.write(data)
-    os.chmod(partial, 0o666 & ~_umask())
-    os.replace(partial, path)
-  except BaseException:
-    os.unlink(partial)
-    raise
-
-
-def _umask():
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
 
 
 # --- Plots -------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Hugging Face directories: `config.json` to a configuration, safetensors to a `Transformer`.
 
 Families: Llama 2 and 3 (SmolLM2 among them), Mistral, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3
-(text), Mixtral and Qwen3-MoE. What a configuration asks for and is not supported is an error.
+(text), Mixtral and Qwen3-MoE, and the diffusion models made from them: LLaDA, Dream, SDAR. What a
+configuration asks for and is not supported is an error.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,9 @@ import safetensors
 
 from models.config import RopeScaling
 from models.config import TransformerConfig
+from models.hf_diffusion import BASES
+from models.hf_diffusion import RENAMES
+from models.hf_diffusion import to_base
 from models.tokenizer import read_json
 from models.tokenizer import tokenizer_from_directory
 from models.weights import LoadedModel
@@ -63,7 +67,7 @@ _DEFAULTS = {
   },
   'qwen3_moe': {'num_experts': 128, 'num_experts_per_tok': 8, 'moe_intermediate_size': 768},
 }
-MODEL_TYPES = (*_DEFAULTS, 'gemma3')
+MODEL_TYPES = (*_DEFAULTS, 'gemma3', *BASES)
 
 _ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh'}
 _ALTERNATING = ('qwen2', 'qwen3', 'gemma2', 'gemma3_text')  # families that honour layer_types
@@ -116,6 +120,8 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
   Raises:
     ValueError: if the model type or an option is not supported, or a key is missing.
   """
+  # A diffusion model; a block-causal one says so elsewhere.
+  bidirectional = config.get('model_type') in BASES and not config.get('block_size')
   config = _with_defaults(config)
   family = config['model_type']
   _refuse_unsupported(config)
@@ -140,6 +146,7 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
     **_rope_options(config),
     **_expert_options(config),
     **(_gemma_options(config) if family.startswith('gemma') else {}),
+    bidirectional=bidirectional,
   )
 
 
@@ -150,6 +157,9 @@ def _with_defaults(config):
     raise ValueError(
       f'model_type {family!r} is not supported; supported are {", ".join(MODEL_TYPES)}'
     )
+  if family in BASES:
+    config = to_base(config)
+    family = config['model_type']
   if family == 'gemma3':  # text and vision in one; only the text model is loaded
     outer, family = config, 'gemma3_text'
     config = dict(config.get('text_config') or {})
@@ -330,6 +340,7 @@ _RENAMES = (
   (r'(\.mlp\.experts\.\d+\.)w2\.', r'\1down_proj.'),
   (r'^model\.language_model\.', 'model.'),
   (r'^language_model\.', ''),
+  *RENAMES,
 )
 _OTHER_PARTS = re.compile(r'^(model\.)?(vision_tower|multi_modal_projector)\.')
 

@@ -50,9 +50,18 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Projections around block attention. Query heads are grouped by the key head they read."""
+  """Projections around block attention. Query heads are grouped by the key head they read.
 
-  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+  Args:
+    config: shape and options.
+    rngs: where initial parameters come from.
+    param_dtype: storage dtype of the parameters.
+    input_size: width of what is read, if it is not the hidden size, which is written.
+  """
+
+  def __init__(
+    self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype, input_size: int | None = None
+  ):
     heads, kv, group, dim = (
       config.num_heads,
       config.num_kv_heads,
@@ -60,10 +69,9 @@ class Attention(nnx.Module):
       config.head_dim,
     )
     self.config = config
+    input_size = config.hidden_size if input_size is None else input_size
     # For each key head: its G queries, the key, the value.
-    self.qkv = nnx.Param(
-      _normal(rngs.params(), (config.hidden_size, kv, group + 2, dim), param_dtype)
-    )
+    self.qkv = nnx.Param(_normal(rngs.params(), (input_size, kv, group + 2, dim), param_dtype))
     self.out = nnx.Param(_normal(rngs.params(), (heads * dim, config.hidden_size), param_dtype))
     norm = functools.partial(RMSNorm, dim, config, param_dtype=param_dtype)
     zeros = _zeros(param_dtype)
@@ -77,7 +85,7 @@ class Attention(nnx.Module):
     config = self.config
     batch, length, _ = x.shape
     kernel = self.qkv[...].astype(x.dtype)
-    qkv = x @ kernel.reshape(config.hidden_size, -1)
+    qkv = x @ kernel.reshape(kernel.shape[0], -1)
     qkv = qkv.reshape(batch, length, *kernel.shape[1:])
     if self.qkv_bias is not None:
       qkv = qkv + self.qkv_bias[...].astype(x.dtype)[None, None]
@@ -176,13 +184,17 @@ class Transformer(nnx.Module):
     x = self.embedding[...][tokens].astype(self.dtype)
     return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
-  def unembed(self, hidden: jax.Array) -> jax.Array:
-    """Returns logits f32[..., V] for hidden f[..., D] after the final norm."""
+  def unembed(self, hidden: jax.Array, tokens: jax.Array | None = None) -> jax.Array:
+    """Returns logits f32[..., V] for hidden f[..., D] after the final norm.
+
+    With tokens i32[n] only theirs, f32[..., n].
+    """
+    chosen = slice(None) if tokens is None else tokens
     if self.head is None:
-      kernel = self.embedding[...].astype(hidden.dtype)
+      kernel = self.embedding[...][chosen].astype(hidden.dtype)
       logits = jnp.einsum('...d,vd->...v', hidden, kernel, preferred_element_type=jnp.float32)
     else:
-      kernel = self.head[...].astype(hidden.dtype)
+      kernel = self.head[...][:, chosen].astype(hidden.dtype)
       logits = jnp.einsum('...d,dv->...v', hidden, kernel, preferred_element_type=jnp.float32)
     cap = self.config.logit_soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -243,35 +255,60 @@ class Transformer(nnx.Module):
     return jnp.asarray(frequencies), factor, windows
 
   def _run_layer(self, graph, stacked, tables, positions, mask, cache, scratch, offset, x, layer):
-    frequencies, factor, windows = tables
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies[layer][None, None, None]
-
-    def attend(queries, keys, values):
-      key_positions = positions
-      if scratch is not None:
-        scratch_layer = KVBlock(
-          scratch.keys[layer][None], scratch.values[layer][None], scratch.positions
-        )
-        block = write_kv_block(scratch_layer, KVBlock(keys[None], values[None], positions), offset)
-        keys, values, key_positions = block.keys[0], block.values[0], block.positions
-      prefix = None if cache is None else Prefix(*cache, layer=layer)
-      scale = self.config.attention_scale or self.config.head_dim**-0.5
-      return block_attention(
-        queries,
-        keys,
-        values,
-        mask,
-        prefix,
-        scale=scale,
-        soft_cap=self.config.attention_soft_cap,
-        window=None if windows is None else windows[layer],
-        query_positions=positions,
-        key_positions=key_positions,
-      )
-
     one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), stacked)
-    site = AttentionSite((jnp.cos(angles) * factor, jnp.sin(angles) * factor), attend)
+    site = _site(self.config, tables, positions, mask, cache, scratch, offset, layer)
     return nnx.merge(graph, one)(x, site)
+
+
+def attention_site(
+  config: TransformerConfig,
+  positions: jax.Array,
+  mask: jax.Array,
+  *,
+  cache: KVCache | None = None,
+  scratch: KVBlock | None = None,
+  offset: jax.Array | int = 0,
+) -> AttentionSite:
+  """Returns where the only layer of a small model stands; arguments as `Transformer.__call__`."""
+  frequencies, factor = rope_frequencies(config)
+  windows = layer_windows(config)
+  windows = None if windows is None else jnp.asarray(windows)
+  tables = jnp.asarray(frequencies), factor, windows
+  return _site(config, tables, positions, mask, cache, scratch, offset, 0)
+
+
+def _site(config, tables, positions, mask, cache, scratch, offset, layer) -> AttentionSite:
+  frequencies, factor, windows = tables
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies[layer][None, None, None]
+
+  def attend(queries, keys, values):
+    key_positions = positions
+    if scratch is not None:
+      scratch_layer = KVBlock(
+        scratch.keys[layer][None], scratch.values[layer][None], scratch.positions
+      )
+      block = write_kv_block(scratch_layer, KVBlock(keys[None], values[None], positions), offset)
+      keys, values, key_positions = block.keys[0], block.values[0], block.positions
+    prefix = None if cache is None else Prefix(*cache, layer=layer)
+    return block_attention(
+      queries,
+      keys,
+      values,
+      mask,
+      prefix,
+      scale=config.attention_scale or config.head_dim**-0.5,
+      soft_cap=config.attention_soft_cap,
+      window=None if windows is None else windows[layer],
+      query_positions=positions,
+      key_positions=key_positions,
+    )
+
+  return AttentionSite((jnp.cos(angles) * factor, jnp.sin(angles) * factor), attend)
+
+
+def unembedding(transformer: Transformer) -> jax.Array:
+  """Returns f[D, V], the matrix that `Transformer.unembed` multiplies with."""
+  return transformer.embedding[...].T if transformer.head is None else transformer.head[...]
 
 
 def with_own_head(transformer: Transformer) -> Transformer:

@@ -83,7 +83,7 @@ def build_transformer(
   flat = dict(nnx.to_flat_state(state))
   _check_names([part.name for path in flat for part in table[path]], tensors, config)
   for path, variable in flat.items():
-    value = _assemble(variable.get_value(), table[path], tensors)
+    value = assemble(variable.get_value(), table[path], tensors)
     flat[path] = variable.replace(jnp.asarray(value))
   return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -96,13 +96,17 @@ def parameter_parts(config: TransformerConfig) -> dict[tuple, list[Part]]:
     ('head',): [Part('lm_head.weight')],
   }
   for layer in range(config.num_layers):
-    parts = {**_norm_parts(config), **_attention_parts(config), **_mlp_parts(config)}
-    for path, some in parts.items():
+    for path, some in layer_parts(config).items():
       table.setdefault(('layers', *path), []).extend(
         part._replace(name=f'model.layers.{layer}.{part.name}', index=(layer, *part.index))
         for part in some
       )
   return table
+
+
+def layer_parts(config: TransformerConfig) -> dict[tuple, list[Part]]:
+  """Returns, for every parameter a single `Layer` may have, the tensors it is made of."""
+  return {**_norm_parts(config), **_attention_parts(config), **_mlp_parts(config)}
 
 
 def _norm_parts(config):
@@ -180,8 +184,16 @@ def _several(names: Iterable[str], limit: int = 6) -> str:
   return f'{len(names)} tensors ({shown})' if len(names) > 1 else f'the tensor {shown}'
 
 
-def _assemble(blank, parts, tensors):
-  """Returns the parameter as a NumPy array of the blank's shape and dtype."""
+def assemble(
+  blank: jax.ShapeDtypeStruct | jax.Array,
+  parts: Sequence[Part],
+  tensors: Mapping[str, np.ndarray],
+) -> np.ndarray:
+  """Returns a parameter of the blank's shape and dtype, made of tensors.
+
+  Raises:
+    ValueError: if one has the wrong shape.
+  """
   value = np.empty(blank.shape, blank.dtype)
   for part in parts:
     view, tensor = value[part.index], tensors[part.name]
@@ -197,3 +209,17 @@ def _assemble(blank, parts, tensors):
       tensor = np.moveaxis(tensor.reshape(*view.shape[1:], columns), -1, 0)
     view[...] = tensor.reshape(view.shape)
   return value
+
+
+def disassemble(value: np.ndarray, parts: Sequence[Part]) -> dict[str, np.ndarray]:
+  """Returns the tensors that a parameter is made of: the inverse of `assemble`."""
+  return {part.name: _as_stored(value[part.index], part) for part in parts}
+
+
+def _as_stored(view, part):
+  """Returns a part [in, *out] as a checkpoint stores it, [out, in]; a bias is flat."""
+  if not part.transpose:
+    return view
+  if view.ndim == 1 or part.name.endswith('bias'):
+    return view.reshape(-1)
+  return np.moveaxis(view, 0, -1).reshape(-1, view.shape[0])

@@ -13,6 +13,10 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_ROOT / '.cache' / 'jax')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
+# Parallel workers inherit a width that readline has set; tables are as wide as they need.
+for name in ('COLUMNS', 'LINES'):
+  os.environ.pop(name, None)
+
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')

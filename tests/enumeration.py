@@ -9,6 +9,7 @@ Axes: `B` rows, `N` nodes, `D` depth, `V` vocabulary.
 """
 
 from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 import jax
@@ -33,11 +34,13 @@ class Decisions:
   """Plays scripts in place of random numbers. Not for jitted code.
 
   A decision is named by its kind, depth and index. A verifier must give probability 0 to
-  acceptances that no longer matter, or the enumeration forks on them for nothing.
+  acceptances that no longer matter, or the enumeration forks on them for nothing. A script keeps
+  the probability of every choice in it: a row that has ended may be asked on while others go on,
+  and then again, beside others, not.
   """
 
   def __init__(self, scripts: list[dict]):
-    self.scripts, self.weight = scripts, np.ones(len(scripts))
+    self.scripts = scripts
     self.forks: list[tuple[int, dict]] = []  # (row, script) still to be played
     self.position = self.round = np.zeros(len(scripts), np.int32)
 
@@ -65,12 +68,15 @@ class Decisions:
         choices[row] = options[0]
         continue
       if name not in script:
-        for other in options[1:]:
-          self.forks.append((row, {**script, name: int(other)}))
-        script[name] = int(options[0])
-      choices[row] = script[name]
-      self.weight[row] *= laws[row, choices[row]]
+        first, *others = ((int(option), float(laws[row, option])) for option in options)
+        self.forks += [(row, {**script, name: other}) for other in others]
+        script[name] = first
+      choices[row] = script[name][0]
     return choices
+
+  def weights(self) -> np.ndarray:
+    """Returns f64[B], the probability of each script as far as it has been played."""
+    return np.asarray([math.prod(chance for _, chance in s.values()) for s in self.scripts])
 
 
 def enumerate_verdicts(
@@ -89,7 +95,7 @@ def enumerate_verdicts(
       verdict = verify(decisions, batch, logits, max_depth=max_depth)
     num_accepted = np.asarray(verdict.num_accepted)
     tokens = _emitted(np.asarray(batch.tokens), verdict, num_accepted, max_depth)
-    part = Outcome(rows, decisions.weight, num_accepted, tokens)
+    part = Outcome(rows, decisions.weights(), num_accepted, tokens)
     parts.append(Outcome(*(column[: len(now)] for column in part)))
     todo += [(int(rows[row]), script) for row, script in decisions.forks if row < len(now)]
   return Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))

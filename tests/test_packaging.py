@@ -105,6 +105,7 @@ def test_wheel_metadata(unpacked):
     'experiments',
     'interop',
     'models',
+    'parquet',
     'train',
   }
 

@@ -33,6 +33,7 @@ from decodax.drafters.expander import Expander
 from decodax.drafters.expander import GrowthState
 from decodax.drafters.expander import Nodes
 from decodax.drafters.expander import growing_drafter
+from decodax.drafters.expander import num_choices
 from decodax.drafters.expander import start_round
 from decodax.types import Candidates
 from decodax.types import DecodeState
@@ -517,8 +518,8 @@ def _drawn(most: int) -> Candidates:
 
 
 def _check_width(expander, width):
-  if not 1 <= width <= expander.vocab_size:
+  if not 1 <= width <= num_choices(expander):
     raise ValueError(
-      f'a beam, and the children of a node, must be 1 to {expander.vocab_size}: {width}'
+      f'a beam, and the children of a node, must be 1 to {num_choices(expander)}: {width}'
     )
   return width

@@ -34,7 +34,10 @@ _CATCH_UP = 16  # tokens read at once after rounds without drafting
 
 
 class Nodes(NamedTuple):
-  """W nodes to be read into consecutive slots. All of them are drafts; the root is read before."""
+  """W nodes of one depth, to be read into consecutive slots.
+
+  All of them are drafts; the root is read before.
+  """
 
   tokens: jax.Array  # i32[B, W]
   positions: jax.Array  # i32[B, W]
@@ -67,6 +70,11 @@ class Expander(NamedTuple):
   """(own, block, slots i32[B, K], count i32[B]) -> own, after the first `count` slots of each row
   were accepted."""
   vocab_size: int
+  observe: Callable[..., PyTree] | None = None
+  """(params, own, observation, state: DecodeState after the round) -> own: what the target's own
+  pass over the proposal teaches. Called after `commit`."""
+  max_depth: int | None = None  # of the deepest draft it can make; None: any
+  draft_vocab_size: int | None = None  # tokens it ever drafts; None: all
 
 
 class GrowthState(NamedTuple):
@@ -85,7 +93,7 @@ class DraftModelState(NamedTuple):
   length: jax.Array  # i32[B] tokens in it
 
 
-def model_expander(model: Model) -> Expander:
+def model_expander(model: Model, *, draft_vocab_size: int | None = None) -> Expander:
   """Returns the expander of an independent draft model; its parameters are `Params.drafter`.
 
   Its cache gets the accepted drafts that were read, and the rest of what was emitted at the start
@@ -93,6 +101,7 @@ def model_expander(model: Model) -> Expander:
 
   Args:
     model: the draft model; its vocabulary must be the target's.
+    draft_vocab_size: how many tokens have a logit above -inf, if not all.
 
   Raises:
     ValueError: if the model has no scratch blocks.
@@ -168,7 +177,9 @@ def model_expander(model: Model) -> Expander:
       cache=model.commit(own.cache, block, slots, count), length=own.length + count
     )
 
-  return Expander(init, prefill, begin, expand, commit, model.vocab_size)
+  return Expander(
+    init, prefill, begin, expand, commit, model.vocab_size, draft_vocab_size=draft_vocab_size
+  )
 
 
 def exit_expander(exit_model: Model) -> Expander:
@@ -251,6 +262,9 @@ def growing_drafter(
     grow_fn: (params, state: DecodeState, *, noise_fn, with_laws) -> the proposal and its own
       `GrowthState`, the old one being `state.drafter`.
     controller: of the length; `grow_fn` asks it, here it is only started and taught.
+
+  Raises:
+    ValueError: if the shape is deeper than the model can draft.
   """
 
   def init(params, request, capacity):
@@ -268,19 +282,28 @@ def growing_drafter(
     return drafter_state._replace(own=own)
 
   def observe(params, drafter_state, observation, state):
-    del state
     slots, count = _accepted_slots(drafter_state.slots, observation.verdict)
     ctl = drafter_state.controller
     if controller is not None:
       feedback = controllers.feedback_of(observation)
       new = controller.update(params.controller, ctl, feedback)
       ctl = controllers.keep_rows(feedback.live, new, ctl)
-    return drafter_state._replace(
-      own=expander.commit(drafter_state.own, drafter_state.block, slots, count), controller=ctl
-    )
+    own = expander.commit(drafter_state.own, drafter_state.block, slots, count)
+    if expander.observe is not None:
+      own = expander.observe(params, own, observation, state)
+    return drafter_state._replace(own=own, controller=ctl)
 
+  if expander.max_depth is not None and shape.max_depth > expander.max_depth:
+    raise ValueError(
+      f'the model drafts {expander.max_depth} tokens ahead at most, {shape.max_depth} are asked for'
+    )
   shape = shape._replace(vocab_size=expander.vocab_size)
   return Drafter(shape=shape, init=init, prefill=prefill, propose=grow_fn, observe=observe)
+
+
+def num_choices(expander: Expander) -> int:
+  """Returns how many tokens an expander can ever draft."""
+  return expander.draft_vocab_size or expander.vocab_size
 
 
 def start_round(

@@ -21,6 +21,7 @@ from decodax.drafters.expander import Expander
 from decodax.drafters.expander import GrowthState
 from decodax.drafters.expander import Nodes
 from decodax.drafters.expander import growing_drafter
+from decodax.drafters.expander import num_choices
 from decodax.drafters.expander import start_round
 from decodax.static_trees import StaticTree
 from decodax.types import Candidates
@@ -156,9 +157,9 @@ def _check(expander, tree, candidates):
     known = ', '.join(sorted(kind.name for kind in KINDS))
     raise ValueError(f'a static tree cannot be filled with {candidates}; it takes {known}')
   largest = int(max(tree.ranks.max(), tree.children.shape[1] - 1))
-  if largest >= expander.vocab_size:
+  if largest >= num_choices(expander):
     raise ValueError(
-      f'the tree wants {largest + 1} candidates of a vocabulary of {expander.vocab_size}'
+      f'the tree wants {largest + 1} candidates of a vocabulary of {num_choices(expander)}'
     )
 
 

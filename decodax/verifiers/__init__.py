@@ -12,6 +12,7 @@ from decodax.verifiers.judge import judge
 from decodax.verifiers.kseq import kseq
 from decodax.verifiers.lenient import lenient
 from decodax.verifiers.mentored import mentored
+from decodax.verifiers.near_best import near_best
 from decodax.verifiers.optimal import optimal
 from decodax.verifiers.reflective import reflective
 from decodax.verifiers.sample_and_match import sample_and_match
@@ -20,6 +21,7 @@ from decodax.verifiers.specinfer import specinfer_drafters
 from decodax.verifiers.speculative import speculative
 from decodax.verifiers.threshold import threshold
 from decodax.verifiers.traversal import traversal
+from decodax.verifiers.trusting import trusting
 from decodax.verifiers.typical import typical
 from decodax.verifiers.without_replacement import without_replacement
 
@@ -46,6 +48,8 @@ _LOSSY = (  # with their default knobs; `reflective` needs a rule and a prompt
   judge(),
   divergence_judge(),
   threshold(),
+  near_best(),
+  trusting,
 )
 
 BY_NAME: dict[str, Verifier] = {rule.name: rule for rule in (*_LOSSLESS, *_LOSSY)}
@@ -63,6 +67,7 @@ __all__ = [
   'kseq',
   'lenient',
   'mentored',
+  'near_best',
   'optimal',
   'reflective',
   'sample_and_match',
@@ -71,6 +76,7 @@ __all__ = [
   'speculative',
   'threshold',
   'traversal',
+  'trusting',
   'typical',
   'without_replacement',
 ]

@@ -39,7 +39,7 @@ speculative = Verifier(
   exactness='law-identical',
   verify=verify_speculative,
   draft_noise=RoundKeys.draft_gumbel,
-  supports=frozenset({Candidates.SAMPLED}),
+  supports=frozenset({Candidates.SAMPLED, Candidates.CARRIED}),
   needs_laws=True,
   chains_only=True,
 )

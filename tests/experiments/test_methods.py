@@ -1,5 +1,7 @@
 """The list of methods: what it promises without weights is true with them."""
 
+from flax import nnx
+import numpy as np
 import pytest
 
 import decodax
@@ -7,24 +9,39 @@ from experiments.methods import METHODS
 from experiments.methods import Setup
 from experiments.methods import default_methods
 from models.registry import load_model
+from train.export import LoadedHead
+from train.objective import get_objective
 
 
 @pytest.fixture(scope='module')
 def setup(tiny_model, tiny_draft):
-  return Setup(load_model(tiny_model), load_model(tiny_draft))
+  texts = [list(range(20, 60)), [7, 9] * 20]
+  return Setup(load_model(tiny_model), load_model(tiny_draft), sample_texts=lambda: texts)
+
+
+@pytest.fixture(scope='module')
+def with_head(setup):
+  return setup._replace(head=_untrained_head(setup.target.transformer))
+
+
+def _untrained_head(target):
+  objective = get_objective('eagle3', {'taps': (1, 2, 3)})
+  counts = np.zeros(target.config.vocab_size, np.int64)
+  return LoadedHead(objective.init(nnx.Rngs(0), target, counts), objective, 'eagle3', {})
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_a_method_is_what_its_entry_says(setup, name):
+def test_a_method_is_what_its_entry_says(setup, with_head, name):
   method = METHODS[name]
-  decoder = method.build(setup)
-  assert decoder.drafter.shape.candidates == method.candidates
-  decodax.make_step_fn(model=decoder.model, drafter=decoder.drafter, verifier=method.verifier)
+  for given in (with_head,) if method.needs_head else (setup, with_head):
+    decoder = method.build(given)
+    assert decoder.drafter.shape.candidates == method.candidates
+    decodax.make_step_fn(model=decoder.model, drafter=decoder.drafter, verifier=method.verifier)
 
 
-@pytest.mark.parametrize('name', ['ngram', 'early-exit', 'draft-model'])
-def test_the_number_of_drafts_can_be_chosen(setup, name):
-  decoder = METHODS[name].build(setup._replace(num_drafts=7))
+@pytest.mark.parametrize('name', ['ngram', 'early-exit', 'draft-model', 'trained-head'])
+def test_the_number_of_drafts_can_be_chosen(with_head, name):
+  decoder = METHODS[name].build(with_head._replace(num_drafts=7))
   assert decoder.drafter.shape.max_depth == 7
 
 
@@ -33,6 +50,8 @@ def test_default_methods():
   assert 'early-exit/speculative' in default_methods(1.0)
   assert not any(METHODS[name].needs_draft for name in default_methods(1.0))
   assert 'draft-model' in default_methods(0.0, has_draft=True)
+  assert 'trained-head' in default_methods(0.0, has_head=True)
+  assert not any(METHODS[name].needs_head for name in default_methods(1.0))
 
 
 def test_exactness_depends_on_the_temperature():
@@ -49,3 +68,17 @@ def test_a_draft_model_of_another_vocabulary_is_refused(setup):
     METHODS['draft-model'].build(setup._replace(draft=draft))
   with pytest.raises(ValueError, match='give --draft'):
     METHODS['draft-model'].build(setup._replace(draft=None))
+  with pytest.raises(ValueError, match='give --head'):
+    METHODS['trained-head'].build(setup._replace(head=None))
+
+
+def test_the_sequoia_tree_follows_what_was_measured(setup):
+  # Without a draft model the last layers draft, and the first candidate is nearly always right.
+  certain = setup._replace(draft=None, exit_layer=setup.target.transformer.config.num_layers)
+  shape = METHODS['sequoia-tree'].build(certain).drafter.shape
+  assert (
+    shape.max_depth == 3
+    and shape.num_nodes == METHODS['static-tree'].build(setup).drafter.shape.num_nodes
+  )
+  with pytest.raises(ValueError, match='sample_texts'):
+    METHODS['sequoia-tree'].build(setup._replace(sample_texts=None))

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from decodax import theory
+from experiments import acceptance
+from experiments import laws as laws_lib
 from experiments import verification_gap as gap
 from models.adapter import as_model
 from models.registry import load_model
@@ -35,7 +37,7 @@ def laws():
 
 @pytest.fixture(scope='module')
 def curves(laws):
-  return gap.acceptance_curves(laws[0], laws[1], MAX_DRAFTS, num_samples=4)
+  return acceptance.acceptance_curves(laws[0], laws[1], MAX_DRAFTS, num_samples=4)
 
 
 @pytest.fixture(scope='module')
@@ -59,10 +61,12 @@ def test_one_pass_gives_the_optima_of_the_theory(laws, curves):
 @pytest.mark.parametrize('name', ['match_distinct', 'recursive_rejection'])
 def test_sampled_rules_are_unbiased(name, laws):
   p, q = laws
-  draw, expected = getattr(gap, f'_{name}'), globals()[f'_{name}']
+  draw, expected = getattr(acceptance, f'_{name}'), globals()[f'_{name}']
   with jax.enable_x64(True):
     key = jax.random.key(1)
-    mean, error = map(np.asarray, gap._sampled(draw, key, p, q, MAX_DRAFTS, num_samples=1000))
+    mean, error = map(
+      np.asarray, acceptance._sampled(draw, key, p, q, MAX_DRAFTS, num_samples=1000)
+    )
   assert (error[:, 0] < 1e-12).all() and (error[:, 1:] > 0).all()
   for row in range(LAWS):
     exact = [expected(p[row], q[row], k + 1) for k in range(MAX_DRAFTS)]
@@ -88,14 +92,16 @@ def _match_distinct(p, q, num_drafts):
 
 
 def test_no_rule_is_above_the_optimum_for_its_drafts(curves):
-  optima = {rule.drafts: curves.acceptance[rule.name] for rule in gap.RULES if rule.is_optimum}
-  for rule in gap.RULES:
+  optima = {
+    rule.drafts: curves.acceptance[rule.name] for rule in acceptance.RULES if rule.is_optimum
+  }
+  for rule in acceptance.RULES:
     values = curves.acceptance[rule.name]
     assert (values >= 0).all() and (values <= 1 + ROUNDING).all(), rule.name
     if rule.drafts in optima:
       slack = ROUNDING + 6 * curves.error.get(rule.name, 0.0)
       assert (values <= optima[rule.drafts][:, : values.shape[1]] + slack).all(), rule.name
-  assert (optima[gap.IID] <= optima[gap.DISTINCT] + ROUNDING).all()
+  assert (optima[acceptance.IID] <= optima[acceptance.DISTINCT] + ROUNDING).all()
 
 
 def test_one_draft_is_accepted_as_often_as_the_laws_overlap(laws, curves):
@@ -110,7 +116,7 @@ def test_one_draft_is_accepted_as_often_as_the_laws_overlap(laws, curves):
 
 
 def test_more_drafts_are_never_worse(curves):
-  for rule in gap.RULES:
+  for rule in acceptance.RULES:
     assert (np.diff(curves.acceptance[rule.name], axis=-1) >= -ROUNDING).all(), rule.name
 
 
@@ -120,18 +126,18 @@ def test_laws_on_the_edge():
   half[VOCAB // 2 :] = 0
   p = np.stack([half, half, one_hot[0]])
   q = np.stack([half, half[::-1], one_hot[1]])
-  found = gap.acceptance_curves(p, q, MAX_DRAFTS, num_samples=4).acceptance
-  for rule in gap.RULES:
+  found = acceptance.acceptance_curves(p, q, MAX_DRAFTS, num_samples=4).acceptance
+  for rule in acceptance.RULES:
     assert np.isfinite(found[rule.name]).all(), rule.name
   for name in ('SpecInfer', 'k-SEQ', 'optimum', 'recursive rejection', 'optimum, distinct'):
     np.testing.assert_allclose(found[name], [[1] * 3, [0] * 3, [0] * 3], atol=ROUNDING)
 
 
 def test_laws_are_worked_on_in_chunks(laws, curves, monkeypatch):
-  monkeypatch.setattr(gap, '_CHUNK_NUMBERS', LAWS * VOCAB)
+  monkeypatch.setattr(acceptance, '_CHUNK_NUMBERS', LAWS * VOCAB)
   p, q = (np.concatenate([law, law[:1]]) for law in laws)  # the second chunk is padded
-  chunked = gap.acceptance_curves(p, q, MAX_DRAFTS, num_samples=4).acceptance
-  for rule in gap.RULES:
+  chunked = acceptance.acceptance_curves(p, q, MAX_DRAFTS, num_samples=4).acceptance
+  for rule in acceptance.RULES:
     assert len(chunked[rule.name]) == LAWS + 1
     if not rule.sampled:
       expected = np.concatenate([curves.acceptance[rule.name], curves.acceptance[rule.name][:1]])
@@ -159,8 +165,8 @@ def test_files_and_tables(finished):
 
 def _check_family(family):
   assert (family['num_laws'], family['vocab_size']) == (LAWS, VOCAB)
-  assert [rule['name'] for rule in family['rules']] == [rule.name for rule in gap.RULES]
-  for rule, expected in zip(family['rules'], gap.RULES, strict=True):
+  assert [rule['name'] for rule in family['rules']] == [rule.name for rule in acceptance.RULES]
+  for rule, expected in zip(family['rules'], acceptance.RULES, strict=True):
     width = 1 if expected.one_draft_only else MAX_DRAFTS
     assert len(rule['acceptance']) == len(rule['acceptance_ci']) == width
     assert (rule['sampling_error'] is not None) == expected.sampled
@@ -174,7 +180,7 @@ def _check_family(family):
 def test_markdown_tables_are_whole(finished):
   lines = (finished[2] / 'verification_gap.md').read_text().splitlines()
   rows = [line for line in lines if line.startswith('|')]
-  assert len(rows) == 2 * (len(gap.RULES) + 2)
+  assert len(rows) == 2 * (len(acceptance.RULES) + 2)
   assert {row.count('|') for row in rows} == {MAX_DRAFTS + 3}
 
 
@@ -207,7 +213,7 @@ def test_every_layer_drafts_what_the_target_says(tiny_model, prompts_file, tmp_p
 def test_laws_are_those_of_the_model_and_of_its_first_layers(tiny_model):
   loaded = load_model(tiny_model)
   text, positions = list(range(20, 60)), [0, 17]
-  found = gap._read(loaded, [text], [(0, position) for position in positions], 3)
+  found = laws_lib.read_logits(loaded, [text], [(0, position) for position in positions], 3)
   for logits, exit_layer in zip(found, (None, 3), strict=True):
     model = as_model(loaded.transformer, exit_layer=exit_layer)
     expected = _logits(model, nnx.state(loaded.transformer), text)[positions]
@@ -230,9 +236,23 @@ def _logits(model, params, text):
 
 def test_sites_are_behind_the_common_beginning():
   texts = [[1, 2, 3, 4], [1, 2, 5, 6, 7]]
-  sites = gap._choose_sites(texts, 100, np.random.default_rng(0))
+  sites = laws_lib.choose_sites(texts, 100, np.random.default_rng(0))
   assert sites == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4)]
-  assert len(set(gap._choose_sites(texts, 3, np.random.default_rng(0)))) == 3
+  assert len(set(laws_lib.choose_sites(texts, 3, np.random.default_rng(0)))) == 3
+
+
+def test_the_acceptance_of_ranks_is_counted(tiny_model):
+  loaded, texts = load_model(tiny_model), [list(range(20, 60)), list(range(20, 24)) + [7] * 30]
+  found = laws_lib.acceptance_by_rank(loaded, texts, exit_layer=3, num_ranks=4)
+  sites = laws_lib.choose_sites(texts, 10**6, np.random.default_rng(0))
+  late, early = laws_lib.read_logits(loaded, texts, sites, 3)
+  rank = (early > np.take_along_axis(early, late.argmax(-1)[:, None], axis=-1)).sum(-1)
+  np.testing.assert_allclose(found, [np.mean(rank == r) for r in range(4)])
+  assert 0 < found.sum() <= 1
+  layers = loaded.transformer.config.num_layers
+  np.testing.assert_array_equal(
+    laws_lib.acceptance_by_rank(loaded, texts, exit_layer=layers, num_ranks=2), [1, 0]
+  )
 
 
 # --- Wrong options -----------------------------------------------------------------------------

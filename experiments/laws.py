@@ -1,0 +1,89 @@
+"""Next-token laws of a model and of what drafts for it, read at places of given texts.
+
+Axes: `M` places, `V` vocabulary, `R` ranks.
+"""
+
+from collections.abc import Sequence
+import os
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.weights import LoadedModel
+
+_PAD = 128  # texts are padded to multiples of it, so that few shapes are compiled
+
+Array = np.ndarray
+Site = tuple[int, int]  # text, position
+
+
+def choose_sites(texts, num_laws, rng):
+  """Returns sorted (text, position) pairs, all different, behind what all texts begin with."""
+  common = len(os.path.commonprefix(texts)) if len(texts) > 1 else 0
+  sites = [(i, t) for i, text in enumerate(texts) for t in range(max(common - 1, 0), len(text))]
+  chosen = rng.choice(len(sites), min(num_laws, len(sites)), replace=False)
+  return sorted(sites[i] for i in chosen)
+
+
+def read_logits(loaded, texts, sites, exit_layer) -> tuple[Array, Array]:
+  """Returns the logits f32[M, V] at the sites, of the whole model and of its first layers."""
+  graph, params = nnx.split(loaded.transformer)
+
+  @jax.jit
+  def read(params, tokens, keep):
+    module, length = nnx.merge(graph, params), tokens.shape[1]
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    output, _ = module(tokens, jnp.arange(length)[None], mask, taps=(exit_layer,))
+    early = module.final_norm(output.features[f'layer_{exit_layer}'])
+    return module.unembed(output.hidden[0, keep]), module.unembed(early[0, keep])
+
+  places = {i: [t for j, t in sites if j == i] for i, _ in sites}
+  width = max(map(len, places.values()))
+  found = []
+  for i, kept in places.items():
+    tokens = np.zeros((1, -(-len(texts[i]) // _PAD) * _PAD), np.int32)
+    tokens[0, : len(texts[i])] = texts[i]
+    both = read(params, tokens, np.resize(kept, width))
+    found.append([np.asarray(logits)[: len(kept)] for logits in both])
+  late, early = (np.concatenate(each) for each in zip(*found, strict=True))
+  if not np.isfinite(late).all() or not np.isfinite(early).all():
+    raise ValueError(f'{loaded.name} gives logits that are not finite')
+  return late, early
+
+
+def softmax(logits: Array, temperature: float) -> Array:
+  """Returns f64[M, V], the laws of logits at a temperature above 0."""
+  scaled = logits.astype(np.float64) / temperature
+  weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+  return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def acceptance_by_rank(
+  target: LoadedModel,
+  texts: Sequence[Sequence[int]],
+  *,
+  draft: LoadedModel | None = None,
+  exit_layer: int,
+  num_ranks: int = 8,
+  num_sites: int = 512,
+) -> Array:
+  """Returns f64[R], how often the target's likeliest token is the draft's of each rank.
+
+  That is the acceptance of each candidate at temperature 0, which tree builders ask for.
+
+  Args:
+    target: the target.
+    texts: where both are read.
+    draft: the draft model; None is the target's first layers.
+    exit_layer: how many of them.
+    num_ranks: R.
+    num_sites: places at most, drawn from all.
+  """
+  sites = choose_sites(texts, num_sites, np.random.default_rng(0))
+  late, early = read_logits(target, texts, sites, exit_layer)
+  if draft is not None:
+    early, _ = read_logits(draft, texts, sites, draft.transformer.config.num_layers)
+  ranked = np.argsort(-early, axis=-1, kind='stable')[:, :num_ranks]
+  return np.mean(ranked == late.argmax(-1)[:, None], axis=0)

@@ -1,0 +1,389 @@
+"""What does writing several tokens at once cost, on tasks whose tokens depend on each other or not?
+
+  python -m experiments.parallel_bench
+  python -m experiments.parallel_bench --methods threshold,factor,klass --num-examples 100
+  python -m experiments.parallel_bench --temperature 1
+
+Trains the tiny diffusion network first if it is not there. Sweeps every unmasking policy over its
+knob on ten list tasks, and prints accuracy beside tokens per forward. Expect, after training, some
+minutes on two cores: on tasks whose answer the question fixes, most policies write the whole answer
+in two or three forwards and stay right; on tasks that leave a choice, accuracy falls as tokens per
+forward rise, near the line of a perfect network. docs/diffusion.md explains the plots.
+"""
+
+from collections.abc import Mapping, Sequence
+import io
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+from matplotlib.figure import Figure
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from decodax import diffusion
+from decodax.diffusion import limits
+from decodax.types import Result
+from experiments import cli
+from experiments import tiny_diffusion
+from experiments.diffusion_methods import METHODS
+from experiments.diffusion_methods import STATIC
+from experiments.diffusion_methods import Runner
+from experiments.diffusion_methods import choose
+from experiments.display import make_console
+from train import list_tasks
+
+SCHEMA = 1
+CACHE_BLOCK = 4  # slots of a block where caches are compared: the canvas has several
+# Okabe and Ito's colours, which colour-blind people can tell apart, then some between.
+_COLORS = ('#222222', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F',
+           '#B8A100', '#5E3C99')  # fmt: skip
+_MARKERS = 'os^vDPX<>*'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Returns the exit code: 0, 2 for wrong options, 128 + signal if stopped."""
+  return cli.run('parallel_bench', lambda: _main(argv))
+
+
+def _main(argv):
+  args = _parser().parse_args(argv)
+  console = make_console()
+  say = lambda text: console.print(text, style='dim', markup=False)  # noqa: E731
+  with cli.user_errors():
+    loaded = tiny_diffusion.load(args.model, say)
+    trained = tiny_diffusion.trained_parts(say) if args.model == tiny_diffusion.NAME else {}
+  examples = [
+    example
+    for task in list_tasks.TASKS
+    for example in list_tasks.examples(args.num_examples, args.seed + 1, (task,))
+  ]
+  request = tiny_diffusion.make_request(
+    examples, loaded.net.mask_id, temperature=args.temperature, seed=args.seed
+  )
+  runner = Runner(loaded.net, loaded.params, request, block_size=args.block_size, trained=trained)
+  with cli.user_errors():
+    names = choose(args.methods, runner.available())
+  points = []
+  for name in names:
+    for knob in METHODS[name].knobs:
+      point = measure(runner, name, knob, examples)
+      points.append(point)
+      say(_line(point))
+  caches = [] if args.no_caches else compare_caches(runner, examples, say)
+  results = {
+    'schema': SCHEMA,
+    'command': cli.command_line('experiments.parallel_bench', argv),
+    'temperature': args.temperature,
+    'block_size': args.block_size,
+    'num_examples': args.num_examples,
+    'points': points,
+    'caches': caches,
+    'limits': limit_curves(),
+  }
+  args.out.mkdir(parents=True, exist_ok=True)
+  (args.out / 'parallel_bench.json').write_text(json.dumps(results, indent=2) + '\n')
+  (args.out / 'diffusion_pareto.png').write_bytes(_png(plot_pareto(results)))
+  (args.out / 'diffusion_tasks.png').write_bytes(_png(plot_tasks(results)))
+  console.print(points_table(points))
+  if caches:
+    console.print(caches_table(caches))
+  for sentence in findings(points):
+    console.print(sentence, markup=False)
+  console.print(f'Written to {args.out}/', markup=False)
+  return 0
+
+
+def _parser():
+  parser = cli.Parser(
+    prog='python -m experiments.parallel_bench',
+    description='Accuracy against tokens per forward, for every unmasking policy.',
+  )
+  parser.add_argument(
+    '--model', default=tiny_diffusion.NAME, metavar='DIR',
+    help='a network trained on the list tasks (default: the tiny one, trained if need be)',
+  )  # fmt: skip
+  parser.add_argument('--methods', metavar='A,B,C', help='default: all whose weights are there')
+  parser.add_argument(
+    '--num-examples', type=cli.at_least(1), default=40, metavar='N', help='per task (default 40)'
+  )
+  parser.add_argument(
+    '--block-size', type=cli.at_least(1), default=list_tasks.CANVAS, metavar='S',
+    help='slots of a block (default: the whole canvas)',
+  )  # fmt: skip
+  parser.add_argument('--temperature', type=float, default=0.0, metavar='T', help='default 0')
+  parser.add_argument('--seed', type=int, default=0, metavar='N')
+  parser.add_argument('--no-caches', action='store_true', help='leave the caches out')
+  parser.add_argument(
+    '--out', type=pathlib.Path, default=pathlib.Path('results/parallel_bench'), metavar='DIR'
+  )
+  return parser
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def measure(
+  runner: Runner, name: str, knob: float, examples: Sequence[list_tasks.Example]
+) -> dict[str, Any]:
+  """Returns what one method reaches at one value of its knob, by task and overall."""
+  result, seconds = runner.run(METHODS[name], knob)
+  return {'method': name, 'knob': knob, 'seconds': seconds, **summarize(result, examples)}
+
+
+def summarize(result: Any, examples: Sequence[list_tasks.Example]) -> dict[str, Any]:
+  """Returns accuracy and tokens per forward by task, and of the two kinds of tasks.
+
+  Tokens per forward are slots filled by forwards; the static sampler's are 1 by definition.
+  """
+  right = np.array([
+    list_tasks.is_right(example, answer)
+    for example, answer in zip(examples, tiny_diffusion.answers(result), strict=True)
+  ])  # fmt: skip
+  filled, calls = result.stats.num_committed - result.stats.num_revoked, result.stats.num_calls
+  tasks = np.array([example.task for example in examples])
+  fixed = np.isin(tasks, list_tasks.INDEPENDENT)
+
+  def of(rows):
+    return {
+      'accuracy': float(right[rows].mean()),
+      'tokens_per_forward': float(filled[rows].sum() / calls[rows].sum()),
+      'forwards': float(calls[rows].mean()),
+    }
+
+  return {
+    'num_failed': int((result.result == Result.NON_FINITE).sum()),
+    'queries_per_token': float(result.stats.num_queries.sum() / filled.sum()),
+    'fixed': of(fixed),
+    'chosen': of(~fixed),
+    'tasks': {task: of(tasks == task) for task in list_tasks.TASKS},
+  }
+
+
+def compare_caches(runner: Runner, examples, say) -> list[dict[str, Any]]:
+  """Returns what each cache costs and saves, in blocks of `CACHE_BLOCK` slots."""
+  found = []
+  rules = {
+    'none': diffusion.no_cache(),
+    'prefix': diffusion.prefix_cache(),
+    'dual': diffusion.dual_cache(),
+    'delayed, every 4': diffusion.delayed_cache(4),
+    'delayed, every 8': diffusion.delayed_cache(8),
+  }
+  for name, rule in rules.items():
+    other = Runner(
+      runner.net, runner.params, runner.request, block_size=CACHE_BLOCK,
+      cache=diffusion.audited(rule),
+    )  # fmt: skip
+    result, _ = other.run(METHODS['threshold'], 0.9)
+    plain = Runner(runner.net, runner.params, runner.request, block_size=CACHE_BLOCK, cache=rule)
+    plain.run(METHODS['threshold'], 0.9)
+    _, seconds = plain.run(METHODS['threshold'], 0.9)
+    slots = result.cache.num_slots.sum()
+    found.append({
+      'cache': name,
+      'exactness': rule.exactness,
+      'seconds': seconds,
+      'kl': float(result.cache.kl.sum() / slots),
+      'same_best': float(result.cache.same_best.sum() / slots),
+      **summarize(result, examples),
+    })  # fmt: skip
+    say(f'cache {name}: done')
+  return found
+
+
+def limit_curves() -> dict[str, dict[str, Any]]:
+  """Returns, for each task, what a network that knows all laws reaches with k slots a forward.
+
+  Slots are written from left to right and drawn at temperature 1; lengths are as in the tasks.
+  """
+  sizes = range(1, list_tasks.LONGEST + 2)
+  curves = {}
+  for task in list_tasks.TASKS:
+    accuracy = [float(np.mean(list(_perfect(task, size)))) for size in sizes]
+    curves[task] = {
+      'slots': list(sizes),
+      'accuracy': accuracy,
+      'total_correlation_nats': float(np.mean(list(_dependence(task)))),
+    }
+  return curves
+
+
+def _lengths():
+  return range(list_tasks.SHORTEST, list_tasks.LONGEST + 1)
+
+
+def _perfect(task, size):
+  for length in _lengths():
+    if task in list_tasks.INDEPENDENT:
+      yield 1.0
+    elif task == 'shuffle':
+      yield limits.shuffle_accuracy(length, size)
+    else:
+      worlds = _worlds(task, length)
+      groups = limits.left_to_right(len(worlds[0]), size)
+      yield limits.accuracy_of_groups(worlds, groups)
+
+
+def _dependence(task):
+  for length in _lengths():
+    if task in list_tasks.INDEPENDENT:
+      yield 0.0
+    elif task == 'shuffle':
+      yield length * math.log(length) - math.lgamma(length + 1)
+    else:
+      yield limits.total_correlation(_worlds(task, length))
+
+
+def _worlds(task, length):
+  rng = np.random.default_rng(0)
+  return list_tasks.possible_answers(list_tasks.make_example(task, rng, length))
+
+
+# --- For a person ---------------------------------------------------------------------------------
+
+
+def _line(point):
+  return (
+    f'{point["method"]} at {point["knob"]:g}: {point["fixed"]["accuracy"]:.3f} at '
+    f'{point["fixed"]["tokens_per_forward"]:.2f} tokens/forward where answers are fixed, '
+    f'{point["chosen"]["accuracy"]:.3f} at {point["chosen"]["tokens_per_forward"]:.2f} where chosen'
+  )
+
+
+def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
+  """Returns the table of all points."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column('method', style='bold')
+  for heading in ('knob', 'fixed: accuracy', 'tokens/forward', 'chosen: accuracy',
+                  'tokens/forward', 'seconds'):  # fmt: skip
+    table.add_column(heading, justify='right')
+  for point in points:
+    table.add_row(
+      point['method'],
+      f'{point["knob"]:g}',
+      f'{point["fixed"]["accuracy"]:.3f}',
+      f'{point["fixed"]["tokens_per_forward"]:.2f}',
+      f'{point["chosen"]["accuracy"]:.3f}',
+      f'{point["chosen"]["tokens_per_forward"]:.2f}',
+      f'{point["seconds"]:.2f}',
+    )
+  return table
+
+
+def caches_table(caches: Sequence[Mapping[str, Any]]) -> Table:
+  """Returns the table of caches."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column('cache', style='bold')
+  for heading in ('fixed: accuracy', 'chosen: accuracy', 'queries/token', 'seconds', 'KL, nats',
+                  'same best token'):  # fmt: skip
+    table.add_column(heading, justify='right')
+  for each in caches:
+    table.add_row(
+      each['cache'],
+      f'{each["fixed"]["accuracy"]:.3f}',
+      f'{each["chosen"]["accuracy"]:.3f}',
+      f'{each["queries_per_token"]:.1f}',
+      f'{each["seconds"]:.2f}',
+      f'{each["kl"]:.4f}',
+      f'{each["same_best"]:.4f}',
+    )
+  return table
+
+
+def findings(points: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns what the points say: the fastest at the static sampler's accuracy, task by task."""
+  reference = next(p for p in points if p['method'] == STATIC)
+  found = []
+  for kind, what in (('fixed', 'the question fixes the answer'), ('chosen', 'it leaves a choice')):
+    best = _best(points, reference, lambda p, kind=kind: p[kind])
+    found.append(f'Where {what}: {best}')
+  for task in list_tasks.TASKS:
+    best = _best(points, reference, lambda p, task=task: p['tasks'][task])
+    found.append(f'  {task}: {best}')
+  return found
+
+
+def _best(points, reference, part):
+  wanted = part(reference)['accuracy'] - 0.01
+  good = [p for p in points if part(p)['accuracy'] >= wanted]
+  best = max(good, key=lambda p: part(p)['tokens_per_forward'])
+  share = part(best)['forwards'] / part(reference)['forwards']
+  return (
+    f'static {part(reference)["accuracy"]:.3f}; within 0.01 of it {best["method"]} at '
+    f'{best["knob"]:g} with {part(best)["tokens_per_forward"]:.2f} tokens/forward, '
+    f'{share:.2f} of the forwards'
+  )
+
+
+def plot_pareto(results: Mapping[str, Any]) -> Figure:
+  """Returns accuracy against tokens per forward, for the two kinds of tasks."""
+  figure = Figure(figsize=(10, 5.4), layout='constrained')
+  panels = figure.subplots(1, 2, sharey=True)
+  titles = {
+    'fixed': 'The question fixes the answer',
+    'chosen': 'It leaves a choice',
+  }
+  for axes, (kind, title) in zip(panels, titles.items(), strict=True):
+    _curves(axes, results['points'], lambda p, kind=kind: p[kind])
+    axes.set_title(title, fontsize=10, loc='left')
+  tasks = [results['limits'][t] for t in list_tasks.TASKS if t not in list_tasks.INDEPENDENT]
+  mean = np.mean([t['accuracy'] for t in tasks], axis=0)
+  panels[1].plot(tasks[0]['slots'], mean, color='#222222', linestyle=':', label='all laws known')
+  _finish(figure, panels, results)
+  return figure
+
+
+def plot_tasks(results: Mapping[str, Any]) -> Figure:
+  """Returns accuracy against tokens per forward for each task, with its limit."""
+  figure = Figure(figsize=(12, 6.4), layout='constrained')
+  panels = figure.subplots(2, 5, sharex=True, sharey=True)
+  for axes, task in zip(panels.flat, list_tasks.TASKS, strict=True):
+    _curves(axes, results['points'], lambda p, task=task: p['tasks'][task], size=3)
+    limit = results['limits'][task]
+    axes.plot(limit['slots'], limit['accuracy'], color='#222222', linestyle=':',
+              label='all laws known')  # fmt: skip
+    axes.set_title(f'{task}: {limit["total_correlation_nats"]:.1f} nats', fontsize=9, loc='left')
+  _finish(figure, list(panels.flat), results)
+  return figure
+
+
+def _curves(axes, points, part, size=5):
+  for index, name in enumerate(dict.fromkeys(p['method'] for p in points)):
+    some = sorted((part(p) for p in points if p['method'] == name),
+                  key=lambda each: each['tokens_per_forward'])  # fmt: skip
+    axes.plot(
+      [each['tokens_per_forward'] for each in some],
+      [each['accuracy'] for each in some],
+      marker=_MARKERS[index % len(_MARKERS)], markersize=size, linewidth=1,
+      color=_COLORS[index % len(_COLORS)], linestyle='-' if index < len(_COLORS) else '--',
+      label=name,
+    )  # fmt: skip
+
+
+def _finish(figure, panels, results):
+  for axes in panels:
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(color='#CCCCCC', linewidth=0.5)
+    axes.set_ylim(-0.02, 1.04)
+  figure.supxlabel('tokens per forward (right is faster)', fontsize=9)
+  figure.supylabel('accuracy', fontsize=9)
+  handles, labels = panels[-1].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside right upper', frameon=False, fontsize=8)
+  figure.suptitle(
+    f'Parallel decoding, temperature {results["temperature"]:g}, {results["num_examples"]} '
+    f'examples a task', fontsize=11, x=0.01, ha='left',
+  )  # fmt: skip
+
+
+def _png(figure):
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=130)
+  return buffer.getvalue()
+
+
+if __name__ == '__main__':
+  sys.exit(main())

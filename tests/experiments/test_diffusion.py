@@ -1,0 +1,89 @@
+"""The diffusion experiments from end to end, on a random network for the list tasks."""
+
+import json
+
+from flax import nnx
+import pytest
+
+from experiments import compare
+from experiments import parallel_bench
+from experiments.diffusion_methods import METHODS
+from experiments.diffusion_methods import STATIC
+from experiments.diffusion_methods import choose
+from models.config import TransformerConfig
+from models.transformer import Transformer
+from train import list_tasks
+from train.export import save_language_model
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+  """Returns the folder of a random network with a mask token behind the vocabulary."""
+  config = TransformerConfig(
+    vocab_size=len(list_tasks.VOCABULARY) + 1, hidden_size=16, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_dim=8, intermediate_size=24, max_position=128, tie_embeddings=True,
+  )  # fmt: skip
+  folder = tmp_path_factory.mktemp('network') / 'export'
+  save_language_model(
+    folder, Transformer(config, rngs=nnx.Rngs(0)), tokenizer_directory=list_tasks.TOKENIZER,
+    facts={'mask_token_id': config.vocab_size - 1, 'shifted': False},
+  )  # fmt: skip
+  return folder
+
+
+def test_the_benchmark_writes_points_limits_and_plots(network, tmp_path, capsys):
+  code = parallel_bench.main([
+    '--model', str(network), '--methods', 'threshold,free-draft', '--num-examples', '2',
+    '--no-caches', '--out', str(tmp_path),
+  ])  # fmt: skip
+  assert code == 0
+  results = json.loads((tmp_path / 'parallel_bench.json').read_text())
+  points = results['points']
+  assert [p['method'] for p in points if p['method'] != 'threshold'] == [STATIC] * 5 + [
+    'free-draft'
+  ]
+  static, free = points[0], points[-1]
+  assert static['knob'] == 8
+  assert static['fixed']['tokens_per_forward'] == pytest.approx(1)
+  assert free['fixed']['accuracy'] == static['fixed']['accuracy']
+  assert free['fixed']['tokens_per_forward'] >= 1
+  for task in list_tasks.TASKS:
+    curve = results['limits'][task]
+    assert curve['accuracy'][0] == pytest.approx(1)
+    independent = task in list_tasks.INDEPENDENT
+    assert (curve['total_correlation_nats'] == 0) == independent
+    assert (curve['accuracy'][-1] == 1) == independent
+  for name in ('diffusion_pareto.png', 'diffusion_tasks.png'):
+    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+  assert 'within 0.01 of it' in capsys.readouterr().out
+
+
+def test_compare_takes_a_diffusion_model(network, tmp_path, capsys):
+  prompts = tmp_path / 'prompts.jsonl'
+  prompts.write_text('{"turns": ["copy : a b ="]}\n{"turns": ["sort : d c b ="]}\n')
+  code = compare.main([
+    '--model', str(network), '--prompts', str(prompts), '--methods', 'free-draft',
+    '--max-new-tokens', '8', '--out', str(tmp_path / 'out'),
+  ])  # fmt: skip
+  assert code == 0
+  rows = json.loads((tmp_path / 'out' / 'results.json').read_text())['methods']
+  assert [row['name'] for row in rows] == [STATIC, 'free-draft']
+  assert rows[1]['same_as_static'] == rows[1]['num_prompts'] == 2
+  assert rows[1]['forwards'] <= rows[0]['forwards']
+  assert compare.main(['--model', str(network), '--list']) == 0
+  assert 'Fast-dLLM' in capsys.readouterr().out
+
+
+def test_methods_are_chosen_by_name():
+  available = [name for name, method in METHODS.items() if not method.needs]
+  assert choose('wino', available) == [STATIC, 'wino']
+  assert choose(None, available)[0] == STATIC
+  with pytest.raises(ValueError, match='unknown'):
+    choose('guess', available)
+  with pytest.raises(ValueError, match='needs'):
+    choose('distilled', available)
+
+
+def test_a_network_of_other_words_is_refused(tmp_path, capsys):
+  assert parallel_bench.main(['--model', str(tmp_path)]) == 2
+  assert 'config.json' in capsys.readouterr().err

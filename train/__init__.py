@@ -1,0 +1,1 @@
+"""Training of targets, draft heads and judges: data, objectives, one step, one entry point."""
