@@ -84,7 +84,7 @@ def compile_problem(problem: Problem, target: str, mesh: Mesh) -> Compiled:
 
 
 def compile_decoding(config: str, target: str, mesh: Mesh, implementation: str) -> Compiled:
-  """Returns what compiling a loop of decoding steps came to: batch 8, 8192 slots, 16 tokens."""
+  """Returns what compiling a loop of decoding steps came to: batch 8, prefix 8192, 16 tokens."""
   from flax import nnx
 
   from experiments.bench_decode import CONFIGS
@@ -95,8 +95,8 @@ def compile_decoding(config: str, target: str, mesh: Mesh, implementation: str) 
   make = functools.partial(Transformer, CONFIGS[config], param_dtype=jnp.bfloat16)
   abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
   model, params = as_model(abstract), nnx.state(abstract)
-  cache = jax.eval_shape(lambda: model.init_cache(None, 8, 8192))
-  step = make_step(model, 8000, 8, 16)
+  cache = jax.eval_shape(lambda: model.init_cache(None, 8, 8320))
+  step = make_step(model, 8192, 8, 16)
 
   def loop(params, carry):
     return jax.lax.fori_loop(0, 4, lambda _, carry: step(params, carry), carry)
