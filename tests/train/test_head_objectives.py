@@ -228,7 +228,7 @@ def test_a_known_language_is_learnt_at_every_depth(name):
 # --- Draft models --------------------------------------------------------------------------------
 
 
-_QUICK = ('labels', 'reverse_kl', 'total_variation')
+_QUICK = ('reverse_kl',)
 
 
 @pytest.mark.parametrize(
@@ -289,14 +289,14 @@ def test_acceptance_is_learnt_and_stops_the_drafter(tmp_path):
   folder = tmp_path / 'head'
   export.save_head(folder, draft, objective='eagle3', options=options, facts={})
   objective = get_objective(
-    'acceptance', dict(drafter=str(folder), rounds=6, collect_drafts=5, num_drafts=5, num_blocks=1)
+    'acceptance', dict(drafter=str(folder), rounds=4, collect_drafts=5, num_drafts=5, num_blocks=1)
   )
   judged = objective.init(nnx.Rngs(4), target, zoo.COUNTS)
   assert objective.taps(target.config) == draft_objective.taps(target.config)
   learner, batch = Learner(objective, judged, target), _batch()
   paths = jax.tree_util.tree_leaves_with_path(learner.params)
   assert not any('drafter' in jax.tree_util.keystr(path) for path, _ in paths)
-  history = [learner.learn(batch, step, 1e-2)[1] for step in range(60)]
+  history = [learner.learn(batch, step, 1e-2)[1] for step in range(30)]
   late = {name: np.mean([h[name] for h in history[-10:]]) for name in history[0]}
   early = {name: np.mean([h[name] for h in history[:3]]) for name in history[0]}
   assert late['divergence'] < early['divergence']
@@ -320,12 +320,13 @@ def test_acceptance_is_learnt_and_stops_the_drafter(tmp_path):
   assert 2 * calls <= drafted < 5 * calls  # never fewer than two, and not always all five
 
 
+@pytest.mark.slow
 def test_collected_labels_are_the_ratios_of_the_laws():
   """Acceptance by the book: p/q at the draft, of laws computed anew from the text."""
   _, head, target = _start('draft_lm')
   zoo.shake(head, 2, 0.3)
   tape = make_tape(target, _batch())
-  data = jax.jit(
+  data = loop_zoo.Compiled(
     lambda key: acceptance.collect(head, target, tape, key, num_drafts=4, rounds=3, temperature=1.0)
   )(jax.random.key(0))
   assert data.hidden.shape[:3] == data.accepted.shape == (3, ROWS, 3)
@@ -353,7 +354,12 @@ def test_the_written_head_drafts_as_before(tmp_path):
   assert config['objective'] == 'eagle3'
   loaded = export.load_head(tmp_path / 'h', target)
   tokens, length = _batch().tokens, jnp.full((ROWS,), 9)
-  before, after = (zoo.chain_laws(h, target, tokens, length, 3) for h in (head, loaded.head))
+  by_the_book = loop_zoo.Compiled(
+    lambda state: zoo.chain_laws(
+      nnx.merge(nnx.graphdef(head), state), target, tokens, length, depth=3
+    )
+  )
+  before, after = (by_the_book(nnx.state(h)) for h in (head, loaded.head))
   np.testing.assert_array_equal(before, after)
   assert head_expander(loaded.head, target).draft_vocab_size == 16
 
@@ -371,10 +377,13 @@ def test_going_through_the_vocabulary_once_changes_nothing():
   def draft_logits(x):
     return target.unembed(x, vocabulary.ids[...])
 
-  found, expected = (
-    _heads.compare_at(tape, each, draft_logits, vectors, 3, losses.forward_kl)
+  compared = [
+    loop_zoo.Compiled(
+      lambda x, each=each: _heads.compare_at(tape, each, draft_logits, x, 3, losses.forward_kl)
+    )(vectors)
     for each in (teacher, whole)
-  )
+  ]
+  found, expected = compared
   assert 0 < expected.comparison.covered.mean() < 1
   counted = np.asarray(found.weights) > 0
   for a, b in zip(found.comparison, expected.comparison, strict=True):
