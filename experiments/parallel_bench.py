@@ -5,10 +5,9 @@
   python -m experiments.parallel_bench --model exact --temperature 1
 
 Trains the tiny diffusion network first if it is not there. Sweeps every unmasking policy over its
-knob on ten list tasks, and prints accuracy beside tokens per forward. Expect, after training, some
-minutes on two cores: on tasks whose answer the question fixes, most policies write the whole answer
-in two or three forwards and stay right; on tasks that leave a choice, accuracy falls as tokens per
-forward rise, near the line of a perfect network. docs/diffusion.md explains the plots.
+knob on ten list tasks, and prints accuracy beside tokens per forward. Expect, with the exact
+network: where the question fixes the answer, all of it in one forward and right; where it leaves a
+choice, an accuracy that falls as tokens per forward rise. docs/diffusion.md explains the plots.
 """
 
 from collections.abc import Mapping, Sequence

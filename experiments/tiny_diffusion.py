@@ -36,7 +36,7 @@ def load(path: str, say: Callable[[str], None]) -> LoadedDiffusion:
   if path == NAME:
     directory = RUNS / CONFIG / 'export'
     if not (directory / 'config.json').is_file():
-      say(f'training {NAME}, once: five to ten minutes on two cores')
+      say(f'training {NAME}, once: some minutes on two cores')
       train_tiny()
     path = str(directory)
   say(f'loading {path}')
