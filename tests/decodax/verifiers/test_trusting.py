@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from decodax.trees import chain_proposal
-from decodax.trees import path_tokens
 from decodax.types import Proposal
 from decodax.verifiers import near_best
 from decodax.verifiers import trusting
 from tests.decodax.verifiers.chains import CASES
 from tests.decodax.verifiers.chains import CONTEXT
 from tests.decodax.verifiers.chains import V
-from tests.enumeration import Outcome
 from tests.enumeration import enumerate_verdicts
 from tests.enumeration import output_law
 from tests.table_model import sequence_law
@@ -41,36 +39,9 @@ def _row(proposal, row) -> Proposal:
   return jax.tree.map(lambda a: a[row : row + 1], proposal)
 
 
-class _Dictated:
-  """Keys with which plain sampling draws given texts i32[R, D + 1]; records how likely they are.
-
-  What is not asked for may be anything: it is uniform.
-  """
-
-  def __init__(self, texts):
-    self.texts, self.chance = texts, np.full(texts.shape, 1 / V)
-
-  def pick_coupled(self, logits, depth):
-    token = self.texts[:, int(depth) - 1]
-    law = np.asarray(jax.nn.softmax(np.asarray(logits), axis=-1))
-    self.chance[:, int(depth) - 1] = law[np.arange(len(token)), token]
-    return token
-
-
 def _law_of(rule, proposal, logits, row, p, num_drafts):
-  """Returns the law of the next tokens: one round of the rule, then the target."""
-  texts = np.asarray(list(itertools.product(range(V), repeat=num_drafts + 1)), np.int32)
-  keys = _Dictated(texts)
-  one, after = _row(proposal, row), logits[row : row + 1]
-  rows = jax.tree.map(lambda a: jnp.repeat(a, len(texts), axis=0), (one, after))
-  with jax.disable_jit():
-    verdict = jax.device_get(rule(keys, *rows, max_depth=num_drafts))
-  tokens = np.asarray(path_tokens(rows[0], verdict))
-  emitted = np.arange(num_drafts + 1)[None] <= verdict.num_accepted[:, None]
-  outcome = Outcome(
-    np.zeros(len(texts), int), keys.chance.prod(-1), verdict.num_accepted,
-    np.where(emitted, tokens, -1),
-  )  # fmt: skip
+  one = _row(proposal, row)
+  outcome = enumerate_verdicts(rule, one, logits[row : row + 1], max_depth=num_drafts)
   return output_law(outcome, np.ones(1), p, CONTEXT, num_drafts + 1)
 
 
