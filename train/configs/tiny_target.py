@@ -2,8 +2,8 @@
 
   python -m train.main --config tiny_target --workdir runs/tiny_target
 
-Expect about four minutes on two CPU cores, a loss below 3.4 and a token accuracy above 0.38. The
-model is in runs/tiny_target/export, a Hugging Face folder with a tokenizer of 2048 tokens.
+Expect, after 500 steps (2 M tokens), a loss of 4.06 and a token accuracy of 0.24. The model is in
+runs/tiny_target/export, a Hugging Face folder with a tokenizer of 2048 tokens.
 """
 
 from train.config import CheckpointConfig
