@@ -183,6 +183,8 @@ def _copying(args, setup):
   print('| prompts | number | tokens copied |', ' | '.join(found), '|')
   print('|---|---|---|', '---|' * len(found), sep='')
   for name, rows in groups.items():
+    if not rows.any():
+      continue
     rates = [f'{lengths[rows].sum() / each.calls[rows].sum():.2f}' for each in found.values()]
     share = (copied * lengths)[rows].sum() / lengths[rows].sum()
     print(f'| {name} | {rows.sum()} | {share:.0%} |', ' | '.join(rates), '|')

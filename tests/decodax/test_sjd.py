@@ -81,7 +81,7 @@ def _play_round(monkeypatch, drafter, rule, histories, target):
     with jax.disable_jit():
       after, _ = step(decodax.Params(jnp.asarray(target)), before.state)
     kept = np.arange(len(now))
-    parts.append(_rows(_Histories(after, before.weight * decisions.weight), kept))
+    parts.append(_rows(_Histories(after, before.weight * decisions.weights()), kept))
     todo += [(int(index[row]), script) for row, script in decisions.forks if row < len(now)]
   return jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
 

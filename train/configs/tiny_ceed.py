@@ -6,8 +6,8 @@ The ids of text tokens are no bins of an action: here `max_error` only shows how
     --num 6000 --num-windows 1 --labels demonstration --out runs/tiny_ceed.jsonl
   python -m train.main --config tiny_ceed --workdir runs/tiny_ceed
 
-The run shows tokens/call at step 0, which is the target's own, and at the end. What it cost in
-perplexity is shown by
+Expect tokens/call at step 0, which is the target's own, and at the end. What it cost in perplexity
+is shown by
 
   python -m experiments.jacobi_training --tuned runs/tiny_ceed/export
 """

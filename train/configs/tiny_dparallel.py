@@ -4,8 +4,8 @@
   python -m train.learn2pd --answers runs/tiny_answers.jsonl
   python -m train.main --config tiny_dparallel --workdir runs/tiny_dparallel
 
-Watch the metric `entropy_of_right` fall. `python -m experiments.parallel_bench` then has the method
-`distilled`.
+Expect the metric `entropy_of_right` to fall. `python -m experiments.parallel_bench` then has the
+method `distilled`.
 """
 
 from train.config import CheckpointConfig

@@ -4,8 +4,8 @@
     --num 640 --choose progressive --noise-windows 4 --out runs/tiny_jacobi_forcing.jsonl
   python -m train.main --config tiny_jacobi_forcing --workdir runs/tiny_jacobi_forcing
 
-The run shows tokens/call at step 0, which is the target's own, and at the end. What it cost in
-perplexity is shown by
+Expect tokens/call at step 0, which is the target's own, and at the end. What it cost in perplexity
+is shown by
 
   python -m experiments.jacobi_training --tuned runs/tiny_jacobi_forcing/export
 """

@@ -2,8 +2,8 @@
 
   python -m train.main --config tiny_lud --workdir runs/tiny_lud
 
-The run shows tokens/call at step 0, which is the target's own, and at the end. What it cost in
-perplexity is shown by
+Expect tokens/call at step 0, which is the target's own, and at the end. What it cost in perplexity
+is shown by
 
   python -m experiments.jacobi_training --tuned runs/tiny_lud/export
 """

@@ -17,7 +17,6 @@ from decodax.types import Params
 from decodax.types import Proposal
 from decodax.types import Sampling
 from decodax.types import Verifier
-from tests.enumeration import Decisions
 from tests.enumeration import Outcome
 from tests.enumeration import enumerate_verdicts
 from tests.table_model import random_table
@@ -114,43 +113,9 @@ def outcome_of(
   def verify(decisions, proposal, seen, *, max_depth):
     logits, evidence = seen
     options = {'evidence': evidence} if rule.needs_evidence else {}
-    keys = _WholeScripts(decisions)
-    verdict = rule.verify(keys, proposal, logits, max_depth=max_depth, **options)
-    keys.weigh_the_rest()
-    return verdict
+    return rule.verify(decisions, proposal, logits, max_depth=max_depth, **options)
 
   return enumerate_verdicts(verify, proposal, (logits, evidence), max_depth=max_depth)
-
-
-class _WholeScripts:
-  """Weighs every pick of a script, asked for or not.
-
-  A rule that walks all rows together picks for a row that has ended as long as another goes on. So
-  a script may hold picks that are moot, and in one batch be asked for them, in the next not.
-  """
-
-  def __init__(self, decisions: Decisions):
-    self.decisions, self.accepts = decisions, decisions.accepts
-    self.asked = [set() for _ in decisions.scripts]
-
-  def pick(self, law, depth, index=0):
-    laws = np.asarray(law, np.float64)
-    laws = laws / laws.sum(-1, keepdims=True)
-    depths = np.broadcast_to(np.asarray(depth), (len(laws),))
-    for row, script in enumerate(self.decisions.scripts):
-      name = ('pick', int(depths[row]), index)
-      script['law', *name] = laws[row]  # scripts that fork from this one inherit it
-      self.asked[row].add(name)
-    return self.decisions.pick(law, depth, index)
-
-  def pick_coupled(self, logits, depth):
-    return self.pick(np.exp(np.asarray(logits)), depth)
-
-  def weigh_the_rest(self):
-    for row, script in enumerate(self.decisions.scripts):
-      for name in script:
-        if name[0] == 'pick' and name not in self.asked[row]:
-          self.decisions.weight[row] *= script['law', *name][script[name]]
 
 
 def position_laws(outcome: Outcome, weight: np.ndarray) -> dict[tuple[int, ...], np.ndarray]:
