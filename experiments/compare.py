@@ -99,7 +99,7 @@ def _parser():
     '--num-prompts', type=cli.at_least(1), metavar='N', help='only the first N (default all)'
   )
   group.add_argument(
-    '--max-new-tokens', type=cli.at_least(1), default=64, metavar='N', help='default 64'
+    '--max-new-tokens', type=cli.at_least(1), default=48, metavar='N', help='default 48'
   )
   cli.add_sampling_options(parser)
   group = parser.add_argument_group('measuring')
