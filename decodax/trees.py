@@ -194,16 +194,6 @@ def walk(
   return Verdict(path[:, : max_depth + 1], num_accepted, next_token)
 
 
-def follow(choices: jax.Array, proposal: Proposal, max_depth: int) -> Verdict:
-  """Returns the verdict when the successor of every node is known: choices i32[B, N]."""
-
-  def choose(node, depth):
-    del depth
-    return jnp.take_along_axis(choices, node[:, None], axis=1)[:, 0]
-
-  return walk(choose, proposal, max_depth)
-
-
 def path_tokens(proposal: Proposal, verdict: Verdict) -> jax.Array:
   """Returns i32[B, D + 1]: accepted draft tokens, then the next token; the rest is dead."""
   drafts = jnp.take_along_axis(proposal.tokens, verdict.path[:, 1:], axis=1)

@@ -4,10 +4,11 @@ Axes: `B` batch, `N` nodes, `V` vocabulary.
 """
 
 import jax
+import jax.numpy as jnp
 
 from decodax import sampling
 from decodax.noise import RoundKeys
-from decodax.trees import follow
+from decodax.trees import walk
 from decodax.types import Candidates
 from decodax.types import Proposal
 from decodax.types import Verdict
@@ -27,7 +28,13 @@ def verify_greedy(
   arXiv:2305.09781.
   """
   del keys
-  return follow(sampling.argmax(target_logits), proposal, max_depth)
+
+  def choose(node, depth):  # only nodes that are reached are read
+    del depth
+    logits = jnp.take_along_axis(target_logits, node[:, None, None], axis=1)[:, 0]
+    return sampling.argmax(logits)
+
+  return walk(choose, proposal, max_depth)
 
 
 greedy = Verifier(

@@ -140,7 +140,7 @@ def test_follow_goes_where_the_choices_lead(seed, num_nodes):
   proposal = _random_proposal(seed, num_nodes)
   choices = np.random.default_rng(seed).integers(0, _V, proposal.tokens.shape).astype(np.int32)
   depth = num_nodes - 1  # more than most of these trees need
-  verdict = _jitted(trees.follow, max_depth=depth)(jnp.asarray(choices), proposal)
+  verdict = _jitted(_follow, max_depth=depth)(jnp.asarray(choices), proposal)
   assert verdict.path.shape == (4, depth + 1)
   walks = [_walk(proposal, row, lambda n, d, row=row: choices[row, n]) for row in range(4)]
   _assert_verdict(verdict, proposal, walks)
@@ -151,8 +151,14 @@ def test_a_walk_may_end_at_the_greatest_depth():
     jnp.asarray([7]), jnp.asarray([[1, 2, 0, 1]], jnp.int32), jnp.asarray([4])
   )
   choices = jnp.asarray([[1, 2, 0, 1, 2]], jnp.int32)
-  verdict = trees.follow(choices, proposal, 4)
+  verdict = _follow(choices, proposal, 4)
   _assert_verdict(verdict, jax.device_get(proposal), [([0, 1, 2, 3, 4], 2)])
+
+
+def _follow(choices, proposal, max_depth):
+  """Returns the verdict when the successor of every node is known: choices i32[B, N]."""
+  rows = jnp.arange(choices.shape[0])
+  return trees.walk(lambda node, depth: choices[rows, node], proposal, max_depth)
 
 
 def _walk_by_table(table, proposal):
