@@ -151,7 +151,8 @@ TREES = {
 def _tree(name, num_valid=None):
   parents, tokens = (np.asarray(a, np.int32) for a in TREES[name])
   valid = np.arange(len(parents)) < (num_valid or len(parents))
-  return parents, Proposal(*(jnp.asarray(a)[None] for a in (tokens, parents, valid)))
+  rows = [jnp.asarray(a)[None] for a in (tokens, parents, valid)]
+  return parents, Proposal(rows[0], rows[1], rows[2])
 
 
 def _path(parents, node):

@@ -41,7 +41,8 @@ def _random_proposal(seed, num_nodes, batch=4):
   parents = _random_parents(rng, batch, num_nodes)
   tokens = rng.integers(-1, _V + 1, parents.shape).astype(np.int32)
   valid = np.arange(num_nodes)[None] < rng.integers(1, num_nodes + 1, (batch, 1))
-  return jax.tree.map(np.asarray, Proposal(*map(jnp.asarray, (tokens, parents, valid))))
+  proposal = Proposal(jnp.asarray(tokens), jnp.asarray(parents), jnp.asarray(valid))
+  return jax.tree.map(np.asarray, proposal)
 
 
 def _ancestors(parents, node):
@@ -177,7 +178,7 @@ def test_walk_asks_for_a_token_after_each_node_of_the_path(seed):
 
 
 def test_walk_is_not_asked_once_every_row_has_ended():
-  proposal = Proposal(*map(jnp.asarray, _random_proposal(0, 9)[:3]))
+  proposal = jax.tree.map(jnp.asarray, _random_proposal(0, 9))
   asked = []
 
   def choose(node, depth):

@@ -156,7 +156,7 @@ def test_order_of_siblings_does_not_matter_for_deterministic_trees(parents, seed
   for rule in (verifiers.greedy, verifiers.coupled):
     emitted = []
     for tree in ((tokens, parents, valid), other):
-      proposal = Proposal(*map(jnp.asarray, tree))
+      proposal = Proposal(jnp.asarray(tree[0]), jnp.asarray(tree[1]), jnp.asarray(tree[2]))
       logits = _path_law_logits(*tree[:2], table)
       emitted.append(_emitted(rule, keys, proposal, jnp.asarray(logits)))
     for row in range(BATCH):

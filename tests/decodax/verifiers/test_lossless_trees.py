@@ -187,7 +187,8 @@ def _large(rng, *, batch_size=3, vocab_size=4096, spread=1.0):
     tokens[:, children] = np.argsort(-(laws[:, node] + noise), axis=-1)[:, : len(children)]
   parents = np.broadcast_to(np.asarray(UNEQUAL, np.int32), (batch_size, size))
   valid = np.ones((batch_size, size), bool)
-  proposal = Proposal(*map(jnp.asarray, (tokens, parents, valid, laws.astype(np.float32))))
+  rows = [jnp.asarray(a) for a in (tokens, parents, valid, laws.astype(np.float32))]
+  proposal = Proposal(rows[0], rows[1], rows[2], rows[3])
   return proposal, jnp.asarray(logits, jnp.float32)
 
 
