@@ -399,8 +399,3 @@ def tokens_per_call(metrics: Mapping[str, float]) -> float | None:
   """
   reached = [value for name, value in metrics.items() if name.startswith('reach/')]
   return 1.0 + float(sum(reached)) if reached else None
-
-
-def add_metrics(first: Mapping[str, Mean], second: Mapping[str, Mean]) -> dict[str, Mean]:
-  """Returns the means over both."""
-  return {name: jax.tree.map(jnp.add, first[name], second[name]) for name in first}
