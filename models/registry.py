@@ -26,6 +26,7 @@ import jax
 from models.gguf_loader import load_gguf
 from models.hf import load_hf
 from models.transformer import with_own_head
+from models.transformer import with_separate_layers
 from models.weights import LoadedModel
 from models.weights import Progress
 from models.weights import sha256_of
@@ -62,16 +63,22 @@ FetchFn = Callable[[KnownModel, pathlib.Path, Progress], str]
 
 
 def load_model(
-  name: str | os.PathLike, *, dtype: Any = None, progress: Progress | None = None
+  name: str | os.PathLike,
+  *,
+  dtype: Any = None,
+  for_training: bool = False,
+  progress: Progress | None = None,
 ) -> LoadedModel:
   """Returns a model with its tokenizer and stop ids, ready for `models.adapter.as_model`.
 
-  On CPU a tied head becomes a matrix of its own, see `models.transformer.with_own_head`.
+  On CPU, unless it is for training, the parameters are laid out as they decode fastest: see
+  `models.transformer.with_own_head` and `models.transformer.with_separate_layers`.
 
   Args:
     name: a known model (`smollm2-135m-instruct`), a Hugging Face directory, a GGUF file, or the id
       of a repository on the Hugging Face Hub ('org/name').
     dtype: of parameters, activations and cache; None is float32 on CPU, bfloat16 elsewhere.
+    for_training: keep layers stacked and a tied head tied.
     progress: called with the name of each stage.
 
   Raises:
@@ -79,9 +86,9 @@ def load_model(
     OSError: if files do not exist or cannot be fetched.
   """
   loaded = _load(os.fspath(name), dtype, progress or (lambda stage: None))
-  if jax.default_backend() != 'cpu':
+  if for_training or jax.default_backend() != 'cpu':
     return loaded
-  return loaded._replace(transformer=with_own_head(loaded.transformer))
+  return loaded._replace(transformer=with_separate_layers(with_own_head(loaded.transformer)))
 
 
 def _load(name, dtype, progress):

@@ -33,6 +33,16 @@ _ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu,
 _normal = nnx.initializers.normal(0.02)
 
 
+class PerLayer(NamedTuple):
+  """Matrices of all layers, each an array of its own, and which layer's is meant.
+
+  The place of one stacked array `[L, in, ...]`, see `with_separate_layers`.
+  """
+
+  matrices: tuple[jax.Array, ...]  # L times f[in, ...]
+  layer: jax.Array | int = 0  # i32[]
+
+
 class RMSNorm(nnx.Module):
   """Root-mean-square norm, computed in float32."""
 
@@ -84,9 +94,8 @@ class Attention(nnx.Module):
     """Returns (f[B, T, D], this block's own (keys, values) f[B, Hkv, T, Dh])."""
     config = self.config
     batch, length, _ = x.shape
-    kernel = self.qkv[...].astype(x.dtype)
-    qkv = x @ kernel.reshape(kernel.shape[0], -1)
-    qkv = qkv.reshape(batch, length, *kernel.shape[1:])
+    qkv = _multiply(x, self.qkv)
+    qkv = qkv.reshape(batch, length, config.num_kv_heads, config.group_size + 2, config.head_dim)
     if self.qkv_bias is not None:
       qkv = qkv + self.qkv_bias[...].astype(x.dtype)[None, None]
     queries, keys, values = jnp.split(qkv, [config.group_size, config.group_size + 1], axis=3)
@@ -97,7 +106,7 @@ class Attention(nnx.Module):
     queries, keys = _rotate(queries, site.rotation), _rotate(keys, site.rotation)
     own = tuple(a.transpose(0, 2, 1, 3) for a in (keys, values[:, :, :, 0]))
     mixed = site.attend(queries, *own).reshape(batch, length, -1)
-    y = mixed @ self.out[...].astype(x.dtype)
+    y = _multiply(mixed, self.out)
     if self.out_bias is not None:
       y = y + _as_row(self.out_bias[...].astype(x.dtype), y)
     return y, own
@@ -117,12 +126,11 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns f[B, T, D]."""
-    kernel = self.gate_up[...].astype(x.dtype)
-    both = x @ kernel.reshape(kernel.shape[0], -1)
+    both = _multiply(x, self.gate_up)
     if self.gate_up_bias is not None:
       both = both + _as_row(self.gate_up_bias[...].astype(x.dtype).reshape(-1), both)
     gate, up = jnp.split(both, 2, axis=-1)
-    y = (_ACTIVATIONS[self.activation](gate) * up) @ self.down[...].astype(x.dtype)
+    y = _multiply(_ACTIVATIONS[self.activation](gate) * up, self.down)
     if self.down_bias is not None:
       y = y + _as_row(self.down_bias[...].astype(x.dtype), y)
     return y
@@ -255,7 +263,9 @@ class Transformer(nnx.Module):
     return jnp.asarray(frequencies), factor, windows
 
   def _run_layer(self, graph, stacked, tables, positions, mask, cache, scratch, offset, x, layer):
-    one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False), stacked)
+    one = jax.tree.map(
+      functools.partial(_of_layer, layer), stacked, is_leaf=lambda a: isinstance(a, PerLayer)
+    )
     site = _site(self.config, tables, positions, mask, cache, scratch, offset, layer)
     return nnx.merge(graph, one)(x, site)
 
@@ -327,11 +337,51 @@ def with_own_head(transformer: Transformer) -> Transformer:
   return own
 
 
+def with_separate_layers(transformer: Transformer) -> Transformer:
+  """Returns the transformer with the large matrices of each layer as arrays of their own.
+
+  For decoding on CPU. There XLA copies a layer's part of a stacked array before it multiplies with
+  it, which costs as much as the multiplication. Layers still run in one scan, which picks the
+  matrix by a switch: not for training, where the switch would make a gradient of every layer at
+  each layer.
+  """
+  graph, state = nnx.split(transformer)
+  flat = dict(nnx.to_flat_state(state))
+  for path, variable in flat.items():
+    stacked = variable.get_value()
+    if path[1:] in _separable(transformer.config) and not isinstance(stacked, PerLayer):
+      flat[path] = variable.replace(PerLayer(tuple(jnp.array(a) for a in stacked)))
+  return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
 def full_mask(config: TransformerConfig, batch_size: int, length: int) -> jax.Array:
   """Returns bool[B, T, T], causal or all ones as the configuration says."""
   ones = jnp.ones((length, length), bool)
   mask = ones if config.bidirectional else jnp.tril(ones)
   return jnp.broadcast_to(mask, (batch_size, length, length))
+
+
+def _separable(config):
+  mlp = () if config.num_experts else (('mlp', 'gate_up'), ('mlp', 'down'))
+  return (('attention', 'qkv'), ('attention', 'out'), *mlp)
+
+
+def _of_layer(layer, stacked):
+  if isinstance(stacked, PerLayer):
+    return stacked._replace(layer=layer)
+  return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def _multiply(x, param):
+  """Returns f[..., out], x[..., in] times a parameter f[in, ...] whose other axes become one."""
+
+  def times(matrix, x):
+    return x @ matrix.astype(x.dtype).reshape(matrix.shape[0], -1)
+
+  kernel = param.get_value()
+  if isinstance(kernel, PerLayer):
+    return lax.switch(kernel.layer, [functools.partial(times, m) for m in kernel.matrices], x)
+  return times(kernel, x)
 
 
 def _zeros(param_dtype):

@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from models.config import TransformerConfig
+from models.transformer import PerLayer
 from models.transformer import Transformer
 from models.weights import parameter_parts
 from train.objective import Objective
@@ -140,7 +141,8 @@ def save_language_model(
   tensors = {}
   for path, parts in parameter_parts(config).items():
     if path in flat:
-      value = np.asarray(flat[path].get_value())
+      value = flat[path].get_value()
+      value = np.asarray(value.matrices if isinstance(value, PerLayer) else value)
       for part in parts:
         tensors[part.name] = _as_stored(_disassemble(value[part.index], part.transpose), None)
   extra = [] if tokenizer_directory is None else [

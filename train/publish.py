@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.target or facts.get('target')
     if not name:
       raise ValueError(f'{args.head} does not say which target it is for: give --target')
-    target = load_model(name).transformer
+    target = load_model(name, for_training=True).transformer
     head = load_head(args.head, target).head
     more = {'verifier': name, 'speculative_tokens': args.num_drafts}
     save_published(

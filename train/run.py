@@ -96,7 +96,7 @@ class Run:
       need = 'needs' if self.objective.needs_target else 'has no use for'
       raise ValueError(f'objective {self.config.objective!r} {need} a target (setting: target)')
     if self.config.target:
-      self.loaded = load_model(self.config.target, dtype=self.dtype)
+      self.loaded = load_model(self.config.target, dtype=self.dtype, for_training=True)
       self.target = self.loaded.transformer
 
   def _prepare_data(self):

@@ -17,7 +17,7 @@ from decodax.types import DraftShape
 
 
 def ngram(
-  *, num_drafts: int = 4, max_ngram: int = 3, min_ngram: int = 1, latest: bool = True
+  *, num_drafts: int = 4, max_ngram: int = 3, min_ngram: int = 2, latest: bool = True
 ) -> Drafter:
   """Returns a drafter that looks the longest suffix of the text up in the text itself.
 
@@ -29,7 +29,8 @@ def ngram(
   Args:
     num_drafts: D, tokens to copy at most.
     max_ngram: longest suffix to look for.
-    min_ngram: shortest suffix to trust.
+    min_ngram: shortest suffix to trust. One token says little: where nothing repeats it costs more
+      in wide calls than it saves.
     latest: of several occurrences take the latest, else the earliest.
 
   Raises:

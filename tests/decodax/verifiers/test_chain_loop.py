@@ -57,7 +57,8 @@ def _loop(make_rule, drafter):
   return jax.jit(run, compiler_options={'xla_backend_optimization_level': 0})
 
 
-DRAFT_MODEL, NGRAM = drafters.draft_model(MODEL, num_drafts=3), drafters.ngram(num_drafts=3)
+DRAFT_MODEL = drafters.draft_model(MODEL, num_drafts=3)
+NGRAM = drafters.ngram(num_drafts=3, min_ngram=1)
 
 
 def _tokens(make_rule, knob=0.0, *, greedy, top_k=None, drafter=DRAFT_MODEL):
