@@ -40,7 +40,7 @@ class PerLayer(NamedTuple):
   """
 
   matrices: tuple[jax.Array, ...]  # L times f[in, ...]
-  layer: jax.Array | int = 0  # i32[]
+  layer: jax.Array | None = None  # i32[]; None while no layer runs
 
 
 class RMSNorm(nnx.Module):
