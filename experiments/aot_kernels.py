@@ -15,7 +15,6 @@ anything fails.
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import time
@@ -37,6 +36,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from experiments import files
 from experiments.kernel_problems import Problem
 from experiments.kernel_problems import compiled_problems
 from pallas_kernels import default_implementation
@@ -172,9 +172,8 @@ def main(argv=None) -> int:
       print(f'{target} {compiled.problem}: {compiled.outcome}', flush=True)
   print(render(results))
   if options.out is not None:
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {'jax': jax.__version__, 'results': [r._asdict() for r in results]}
-    (options.out / 'aot_kernels.json').write_text(json.dumps(record, indent=2))
+    files.write_whole(options.out / 'aot_kernels.json', files.to_json(record))
   return 1 if any(result.failed for result in results) else 0
 
 

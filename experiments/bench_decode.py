@@ -11,7 +11,6 @@ out, and said so. On a CPU the default is a model of SmolLM2-135M's size at a sh
 
 import argparse
 import functools
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from decodax import sampling
+from experiments import files
 from experiments.timing import Ceilings
 from experiments.timing import measure_ceilings
 from experiments.timing import seconds_per_call
@@ -158,12 +158,11 @@ def main(argv=None) -> int:
   rows = measure(CONFIGS[options.config], options, ceilings)
   print(render(options.config, ceilings, rows))
   if options.out is not None:
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {
       'config': options.config, 'jax': jax.__version__, **ceilings._asdict(),
       'rows': [row._asdict() | {'share': row.share} for row in rows],
     }  # fmt: skip
-    (options.out / 'bench_decode.json').write_text(json.dumps(record, indent=2))
+    files.write_whole(options.out / 'bench_decode.json', files.to_json(record))
   return 0
 
 

@@ -15,7 +15,6 @@ Things compared take turns, and the best of the turns counts. Expect two minutes
 import argparse
 from collections.abc import Sequence
 import functools
-import json
 import pathlib
 import sys
 from typing import Any
@@ -32,6 +31,7 @@ from decodax.diffusion import loop
 from decodax.diffusion import policies
 from decodax.diffusion.scores import summarize
 from experiments import cli
+from experiments import files
 from experiments.bench_loop import best_seconds
 from models.config import TransformerConfig
 from models.diffusion import as_masked_model
@@ -58,8 +58,7 @@ def _main(argv):
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('results/bench-diffusion'))
   options = parser.parse_args(argv)
   results = {'steps': time_steps(options.repeats), 'summary': time_summary(options.repeats)}
-  options.out.mkdir(parents=True, exist_ok=True)
-  (options.out / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+  files.write_whole(options.out / 'results.json', files.to_json(results))
   for row in results['steps']:
     print(
       f'{row["length"]:>5} tokens decoded: step {row["cached_ms"]:.1f} ms with the exact cache, '

@@ -13,13 +13,13 @@ beside the bandwidth of a copy and the FLOP/s of a matrix product measured in th
 import argparse
 from collections.abc import Callable
 import functools
-import json
 import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from experiments import files
 from experiments.kernel_problems import Attention
 from experiments.kernel_problems import Problem
 from experiments.kernel_problems import attention
@@ -222,9 +222,8 @@ def main(argv=None) -> int:
       rows += measure(problem, ceilings, options.repeats)
   print(render(ceilings, rows))
   if options.out is not None:
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {'jax': jax.__version__, **ceilings._asdict(), 'rows': [r._asdict() for r in rows]}
-    (options.out / 'bench_kernels.json').write_text(json.dumps(record, indent=2))
+    files.write_whole(options.out / 'bench_kernels.json', files.to_json(record))
     plot(rows, options.out / 'bench_kernels.png')
   return 0
 

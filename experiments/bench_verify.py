@@ -53,7 +53,7 @@ class Row(NamedTuple):
   drafts: str
   verify_ms: float
   accepted: float  # drafts a round
-  temporary_mb: float  # memory besides the inputs
+  temporary_mb: float | None  # memory besides the inputs; None if the device does not say
   share_of_call: float
 
 
@@ -191,7 +191,7 @@ def verify_row(
     drafts=kind.value,
     verify_ms=float(np.mean(times)),
     accepted=float(np.mean(np.asarray(accepted))),
-    temporary_mb=float('nan') if memory is None else memory.temp_size_in_bytes / 1e6,
+    temporary_mb=None if memory is None else memory.temp_size_in_bytes / 1e6,
     share_of_call=float(np.mean(times)) / call,
   )
 
@@ -233,7 +233,7 @@ def render(call: float, rows: list[Row], options) -> str:
   for row in sorted(rows, key=lambda row: row.verify_ms):
     lines.append(
       f'| {row.rule} | {row.drafts} | {row.verify_ms:.1f} | {100 * row.share_of_call:.1f} % | '
-      f'{row.accepted:.2f} | {row.temporary_mb:.0f} |'
+      f'{row.accepted:.2f} | {"?" if row.temporary_mb is None else f"{row.temporary_mb:.0f}"} |'
     )
   return '\n'.join(lines)
 

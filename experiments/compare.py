@@ -203,7 +203,7 @@ class _Comparison:
 
   def _compile(self, name, display):
     display.stage(f'compiling {name}')
-    decoder, verifier = self.decoders[name], METHODS[name].verifier
+    decoder, verifier = self.decoders[name], METHODS[name].verifier_for(self.setup)
     self.compiled[name] = measure.compile_method(decoder, verifier, self.requests[0])
     display.done('compiled', f'{name} in {self.compiled[name].compile_seconds:.1f} s')
 

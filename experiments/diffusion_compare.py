@@ -23,6 +23,7 @@ import decodax
 from decodax.types import Request
 from decodax.types import Result
 from experiments import cli
+from experiments import files
 from experiments import tiny_diffusion
 from experiments.diffusion_methods import METHODS
 from experiments.diffusion_methods import STATIC
@@ -89,8 +90,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None, console: Console) 
   stamp = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
   out = args.out or pathlib.Path('results') / f'compare-{slug}-{stamp}'
   with cli.user_errors():
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    files.write_whole(out / 'results.json', files.to_json(results))
   console.print(methods_table(rows))
   console.print(f'Written to {out}/: results.json', markup=False)
   return int(any(row['num_failed'] for row in rows))

@@ -1,13 +1,14 @@
 """What `experiments.drafters` leaves behind: tables, a plot, drafters.json, orders that hold."""
 
 from collections.abc import Mapping, Sequence
-import json
 import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+
+from experiments import files
 
 Results = Mapping[str, Any]
 
@@ -102,9 +103,8 @@ def order_lines(results: Results) -> list[str]:
 
 def write(directory: pathlib.Path, results: Results) -> list[str]:
   """Writes drafters.json, tables.md and drafters.png; returns their names."""
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / 'drafters.json').write_text(json.dumps(results, indent=2), encoding='utf-8')
-  (directory / 'tables.md').write_text(markdown(results), encoding='utf-8')
+  files.write_whole(directory / 'drafters.json', files.to_json(results))
+  files.write_whole(directory / 'tables.md', markdown(results).encode())
   plot(results['temperatures']).savefig(directory / 'drafters.png', dpi=130)
   return ['drafters.json', 'tables.md', 'drafters.png']
 

@@ -67,7 +67,7 @@ def _answer(args, name, text):
   with cli.user_errors():
     decoder = method.build(setup)
   _tell('compiling')
-  rounds = stream(decoder, method.verifier, request)
+  rounds = stream(decoder, method.verifier_for(setup), request)
   return _print_stream(rounds, target.tokenizer.stream(), name)
 
 

@@ -31,6 +31,7 @@ from decodax.types import Drafter
 from decodax.types import Params
 from experiments import cli
 from experiments import compare
+from experiments import files
 from experiments.methods import METHODS
 from experiments.methods import Decoder
 from experiments.methods import Setup
@@ -194,7 +195,7 @@ def _copying(args, setup):
     'tokens': lengths.tolist(),
     'calls': {name: each.calls.tolist() for name, each in found.items()},
   }
-  (args.out / 'copying.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
+  files.write_whole(args.out / 'copying.json', files.to_json(record))
   return 0
 
 
@@ -239,7 +240,7 @@ def _sweep(args, setup):
     'windows': _WINDOWS, 'ngrams': _NGRAMS, 'from_text': args.from_text,
     'tokens_per_call': grid.tolist(),
   }  # fmt: skip
-  (args.out / 'sweep.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
+  files.write_whole(args.out / 'sweep.json', files.to_json(record))
   return 0
 
 

@@ -12,7 +12,6 @@ percent of perplexity.
 import argparse
 from collections.abc import Sequence
 import functools
-import json
 import pathlib
 import sys
 
@@ -25,6 +24,7 @@ import decodax
 from decodax import drafters
 from decodax import verifiers
 from experiments import cli
+from experiments import files
 from models.adapter import as_model
 from models.registry import load_model
 from models.weights import LoadedModel
@@ -65,8 +65,7 @@ def _main(argv):
     }
     found[name] = {'perplexity': perplexity(loaded, held_out), **rates}
   _print(found)
-  args.out.mkdir(parents=True, exist_ok=True)
-  (args.out / 'training.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
+  files.write_whole(args.out / 'training.json', files.to_json(found))
   return 0
 
 

@@ -72,6 +72,11 @@ class Method(NamedTuple):
   needs_draft: bool = False  # weights of a draft model
   needs_head: bool = False  # a head trained for the target
   by_default: bool = True  # does it run when no method is named?
+  bind: Callable[[Setup], Verifier] | None = None  # verifier, if it needs tokens
+
+  def verifier_for(self, setup: Setup) -> Verifier:
+    """Returns the verifier, with what it needs of the target."""
+    return self.verifier if self.bind is None else self.bind(setup)
 
   def exactness(self, temperature: float) -> str:
     """Returns what the output has in common with plain decoding at this temperature."""
@@ -93,6 +98,11 @@ def _early_exit(setup: Setup) -> Decoder:
   exit_model = as_model(transformer, exit_layer=_exit_layer(setup))
   # With so many layers a draft is dear: one of them pays best.
   return _decoder(setup, drafters.early_exit(exit_model, num_drafts=setup.num_drafts or 1))
+
+
+def _reflective(setup: Setup) -> Verifier:
+  prompt = setup.target.tokenizer.encode(_REFLECTION, add_special_tokens=False)
+  return verifiers.reflective(verifiers.speculative, prompt)
 
 
 def _controlled(make: Callable[[Setup], Controller]) -> Callable[[Setup], Decoder]:
@@ -193,6 +203,7 @@ def _blank_id(loaded):
   return loaded.eos_ids[0] if loaded.eos_ids else 0
 
 
+_REFLECTION = '\nIs this right? Once more, with care: '
 _MAX_DRAFTS = 4  # of a controlled early exit
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
@@ -266,12 +277,13 @@ class _Entry(NamedTuple):
   needs_draft: bool = False
   needs_head: bool = False
   by_default: bool = True
+  bind: Callable[[Setup], Verifier] | None = None
 
 
 _CHAIN_RULES = (
   verifiers.coupled, verifiers.speculative, verifiers.block, verifiers.sample_and_match,
   verifiers.lenient(), verifiers.typical(), verifiers.fuzzy(), verifiers.mentored(),
-  verifiers.divergence_judge(),
+  verifiers.divergence_judge(), verifiers.enriched(),
 )  # fmt: skip
 _ENTRIES = (
   _Entry(PLAIN, 'one token per target call', _plain, Candidates.NONE),
@@ -282,6 +294,11 @@ _ENTRIES = (
   _Entry(
     'early-exit', 'the first layers draft for all of them', _early_exit,
     Candidates.SAMPLED, _CHAIN_RULES,
+  ),
+  _Entry(
+    'early-exit-reflective', 'early exit, and the target reads every draft twice', _early_exit,
+    Candidates.SAMPLED, (verifiers.reflective(verifiers.speculative, [0]),), by_default=False,
+    bind=_reflective,
   ),
   _Entry(
     'early-exit-confidence', 'early exit, until a draft is unsure (0.6)',
@@ -304,7 +321,8 @@ _ENTRIES = (
   _Entry(
     'static-tree', 'a fixed tree of the likeliest tokens',
     _static_tree(Candidates.DETERMINISTIC), Candidates.DETERMINISTIC,
-    (verifiers.coupled, verifiers.typical()), by_default=False,
+    (verifiers.coupled, verifiers.typical(), verifiers.threshold(threshold_single=0.5)),
+    by_default=False,
   ),
   _Entry(
     'sequoia-tree', 'the best fixed tree for the acceptance measured on our prompts',
@@ -399,6 +417,7 @@ def _methods(entry):
       needs_draft=entry.needs_draft,
       needs_head=entry.needs_head,
       by_default=entry.by_default,
+      bind=entry.bind,
     )
 
 

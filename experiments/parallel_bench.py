@@ -12,7 +12,6 @@ choice, an accuracy that falls as tokens per forward rise. docs/diffusion.md exp
 
 from collections.abc import Mapping, Sequence
 import io
-import json
 import math
 import pathlib
 import sys
@@ -27,6 +26,7 @@ from decodax import diffusion
 from decodax.diffusion import limits
 from decodax.types import Result
 from experiments import cli
+from experiments import files
 from experiments import tiny_diffusion
 from experiments.diffusion_methods import METHODS
 from experiments.diffusion_methods import STATIC
@@ -83,10 +83,9 @@ def _main(argv):
     'caches': caches,
     'limits': limit_curves(),
   }
-  args.out.mkdir(parents=True, exist_ok=True)
-  (args.out / 'parallel_bench.json').write_text(json.dumps(results, indent=2) + '\n')
-  (args.out / 'diffusion_pareto.png').write_bytes(_png(plot_pareto(results)))
-  (args.out / 'diffusion_tasks.png').write_bytes(_png(plot_tasks(results)))
+  files.write_whole(args.out / 'parallel_bench.json', files.to_json(results))
+  files.write_whole(args.out / 'diffusion_pareto.png', _png(plot_pareto(results)))
+  files.write_whole(args.out / 'diffusion_tasks.png', _png(plot_tasks(results)))
   console.print(points_table(points))
   if caches:
     console.print(caches_table(caches))

@@ -36,7 +36,9 @@ def test_a_method_is_what_its_entry_says(setup, with_head, name):
   for given in (with_head,) if method.needs_head else (setup, with_head):
     decoder = method.build(given)
     assert decoder.drafter.shape.candidates == method.candidates
-    decodax.make_step_fn(model=decoder.model, drafter=decoder.drafter, verifier=method.verifier)
+    verifier = method.verifier_for(given)
+    assert verifier.name == method.verifier.name and verifier.exactness == method.verifier.exactness
+    decodax.make_step_fn(model=decoder.model, drafter=decoder.drafter, verifier=verifier)
 
 
 @pytest.mark.parametrize('name', ['ngram', 'early-exit', 'draft-model', 'trained-head'])
