@@ -7,77 +7,29 @@ neighbours in the batch.
 from collections.abc import Callable
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from decodax.diffusion.keys import Purpose
 from decodax.diffusion.types import Summary
 from decodax.diffusion.types import View
+from pallas_kernels.unmask import unmask
 
-VOCAB_CHUNK = 4096  # logits are summarised in pieces of this many, so that they are read once
 
-
-def summarize(logits: jax.Array, *, chunk: int = VOCAB_CHUNK) -> Summary:
+def summarize(logits: jax.Array) -> Summary:
   """Returns best token, its probability, the runner-up's, entropy and normalizer, each [...].
 
-  One pass over logits f32[..., V]: each piece of `chunk` tokens is reduced while it is in the
-  processor's cache and folded into a running maximum and running sums. Of equal logits the first
-  is the best. A NaN anywhere gives NaN.
-
-  Source: online softmax, arXiv:1805.02867; its entropy by the same recurrence.
+  One pass over logits f32[..., V], by the kernel `pallas_kernels.unmask` where there is one. Of
+  equal logits the first is the best. A NaN anywhere gives NaN.
   """
-  vocab_size = logits.shape[-1]
-  size = min(chunk, vocab_size)
-  carry = _fold_chunk(_empty(logits.shape[:-1]), logits[..., :size], 0)
-  num_whole = vocab_size // size
-
-  def fold(index, carry):
-    piece = lax.dynamic_slice_in_dim(logits, index * size, size, axis=-1)
-    return _fold_chunk(carry, piece, index * size)
-
-  if num_whole > 1:
-    carry = lax.fori_loop(1, num_whole, fold, carry)
-  if vocab_size % size:
-    carry = _fold_chunk(carry, logits[..., num_whole * size :], num_whole * size)
-  peak, second, best, total, moment = carry
+  shape = logits.shape[:-1]
+  found = unmask(logits.reshape(1, -1, logits.shape[-1]))
+  found = jax.tree.map(lambda a: a.reshape(shape), found)
   return Summary(
-    best=best,
-    top=1 / total,
-    second=jnp.exp(second - peak) / total,
-    entropy=jnp.maximum(jnp.log(total) - moment / total, 0),
-    log_normalizer=peak + jnp.log(total),
-  )
-
-
-def _empty(shape):
-  low = jnp.full(shape, -jnp.inf, jnp.float32)
-  zero = jnp.zeros(shape, jnp.float32)
-  return low, low, jnp.zeros(shape, jnp.int32), zero, zero
-
-
-def _fold_chunk(carry, piece, start):
-  """Returns (largest, second largest, index, sum e^(l - largest), sum (l - largest) e^(...))."""
-  old_peak, old_second, old_best, old_total, old_moment = carry
-  index = lax.broadcasted_iota(jnp.int32, piece.shape, piece.ndim - 1)
-  top = piece.max(-1)
-  where = jnp.where(piece == top[..., None], index, piece.shape[-1] - 1).min(-1)
-  runner_up = jnp.where(index == where[..., None], -jnp.inf, piece).max(-1)
-  peak = jnp.maximum(old_peak, top)
-  # A piece of impossible tokens only: its peak is -inf, and a difference of those is not a number.
-  base = jnp.where(jnp.isneginf(peak), 0, peak)
-  shifted = piece - base[..., None]
-  weights = jnp.exp(shifted)
-  drop = old_peak - base
-  shrink = jnp.exp(drop)
-  moment = jnp.sum(jnp.where(jnp.isneginf(shifted), 0, shifted * weights), -1)
-  kept = (old_moment + jnp.where(jnp.isneginf(drop), 0, drop) * old_total) * shrink
-  second = jnp.maximum(jnp.minimum(old_peak, top), jnp.maximum(old_second, runner_up))
-  return (
-    peak,
-    second,
-    jnp.where(top > old_peak, where + start, old_best).astype(jnp.int32),
-    old_total * shrink + weights.sum(-1),
-    kept + moment,
+    best=found.token,
+    top=found.confidence,
+    second=found.second,
+    entropy=found.entropy,
+    log_normalizer=found.log_normalizer,
   )
 
 

@@ -18,7 +18,7 @@ def unmask(
   transposed: bool = False,
   implementation: str | None = None,
 ) -> Certainty:
-  """Returns argmax, confidence, margin, entropy and log-normaliser of each position, all [B, T].
+  """Returns best token, confidence, runner-up, margin, entropy, log-normaliser; each [B, T].
 
   With a head the logits are `logits @ head`: they are made block by block and never reach memory.
 

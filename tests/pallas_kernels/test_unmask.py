@@ -42,7 +42,8 @@ def _exact(logits):
   law = np.exp(logits - log_normalizer[..., None])
   surprise = np.where(law > 0, -law * np.log(np.where(law > 0, law, 1)), 0)
   first, second = (np.exp(top[..., k] - log_normalizer) for k in range(2))
-  return Certainty(logits.argmax(-1), first, first - second, surprise.sum(-1), log_normalizer)
+  margin, entropy = first - second, surprise.sum(-1)
+  return Certainty(logits.argmax(-1), first, second, margin, entropy, log_normalizer)
 
 
 def _assert_close(found, expected, tolerance=1e-5):

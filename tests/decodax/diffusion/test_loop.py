@@ -10,6 +10,7 @@ from decodax import diffusion
 from decodax.diffusion import policies
 from decodax.diffusion.loop import init_denoising
 from decodax.types import Result
+from pallas_kernels import default_implementation
 from tests.decodax.diffusion.bag import BATCH
 from tests.decodax.diffusion.bag import CANVAS
 from tests.decodax.diffusion.bag import CAPACITY
@@ -93,6 +94,13 @@ def test_the_loop_equals_its_python_twin():
     blocks=diffusion.fixed_blocks(WIDTH), loop_fn=loop_fn,
   )  # fmt: skip
   assert_same(twin, denoiser('threshold', policies.threshold)(PARAMS, request, 0.6), counts=True)
+
+
+def test_kernels_do_not_change_what_is_written():
+  request = greedy()
+  with default_implementation('interpret'):
+    with_kernels = denoiser('interpreted', policies.threshold)(PARAMS, request, 0.6)
+  assert_same(with_kernels, denoiser('threshold', policies.threshold)(PARAMS, request, 0.6))
 
 
 def test_a_sweep_and_other_prompts_do_not_recompile():

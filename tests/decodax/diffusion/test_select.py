@@ -10,6 +10,7 @@ from decodax.diffusion.scores import by_rank
 from decodax.diffusion.scores import ranks
 from decodax.diffusion.scores import summarize
 from decodax.diffusion.scores import top
+from pallas_kernels.unmask.reference import unmask_reference
 from tests.decodax.diffusion.views import ROWS
 from tests.decodax.diffusion.views import SLOTS
 from tests.decodax.diffusion.views import TOKENS
@@ -244,14 +245,18 @@ def test_a_summary_is_that_of_the_whole_law(size, chunk):
   logits[0, :, 3:] = -np.inf
   logits[1, 0, [2, 6]] = 30.0  # a tie
   logits[2, :, : size // 2] = -np.inf
-  found = jax.jit(lambda x: summarize(x, chunk=chunk))(logits)
+  found = jax.jit(lambda x: unmask_reference(x, chunk=chunk))(logits)
   p = laws_of(logits)
   ordered = np.sort(p, axis=-1)
   entropy = -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), axis=-1)
-  np.testing.assert_array_equal(found.best, logits.argmax(-1))
-  np.testing.assert_allclose(found.top, ordered[..., -1], rtol=2e-6)
+  np.testing.assert_array_equal(found.token, logits.argmax(-1))
+  np.testing.assert_allclose(found.confidence, ordered[..., -1], rtol=2e-6)
   np.testing.assert_allclose(found.second, ordered[..., -2], rtol=1e-5, atol=1e-7)
   np.testing.assert_allclose(found.entropy, entropy, rtol=1e-4, atol=2e-6)
+  whole = summarize(jnp.asarray(logits))  # any number of leading axes
+  np.testing.assert_array_equal(whole.best, found.token)
+  for mine, theirs in zip(whole[1:], (found.confidence, found.second, *found[4:]), strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-6)
 
 
 def test_a_summary_of_nonsense_is_not_finite():
@@ -259,7 +264,9 @@ def test_a_summary_of_nonsense_is_not_finite():
   logits[0, 4] = np.nan
   logits[1, 0] = np.inf
   for chunk in (2, 6):
-    assert not np.isfinite(summarize(jnp.asarray(logits), chunk=chunk).log_normalizer).any()
+    found = unmask_reference(jnp.asarray(logits)[None], chunk=chunk)
+    assert not np.isfinite(found.log_normalizer).any()
+  assert not np.isfinite(summarize(jnp.asarray(logits)).log_normalizer).any()
 
 
 def test_ranks_are_a_permutation_with_the_best_first():
