@@ -26,6 +26,7 @@ from experiments.timing import seconds_per_call
 from models.adapter import as_model
 from models.config import TransformerConfig
 from models.transformer import Transformer
+from models.transformer import for_decoding
 
 CONFIGS = {
   'llama-8b': TransformerConfig(
@@ -78,10 +79,11 @@ def measure(config: TransformerConfig, options, ceilings: Ceilings) -> list[Row]
   dtype = jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
   make = functools.partial(Transformer, config, param_dtype=dtype, dtype=dtype)
   abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-  params = make_params(abstract, dtype)
-  model = as_model(abstract)
+  graph, _ = nnx.split(abstract)
+  transformer = for_decoding(nnx.merge(graph, make_params(abstract, dtype)))
+  params, model = nnx.state(transformer), as_model(transformer)
   weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
-  if not config.tie_embeddings:  # of the embedding a step looks up a few rows
+  if not transformer.config.tie_embeddings:  # of the embedding a step looks up a few rows
     weights -= config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize
   rows = []
   for prefix in options.prefixes:

@@ -21,12 +21,10 @@ import zipfile
 
 import huggingface_hub
 from huggingface_hub import utils as hub_utils
-import jax
 
 from models.gguf_loader import load_gguf
 from models.hf import load_hf
-from models.transformer import with_own_head
-from models.transformer import with_separate_layers
+from models.transformer import for_decoding
 from models.weights import LoadedModel
 from models.weights import Progress
 from models.weights import sha256_of
@@ -71,8 +69,8 @@ def load_model(
 ) -> LoadedModel:
   """Returns a model with its tokenizer and stop ids, ready for `models.adapter.as_model`.
 
-  On CPU, unless it is for training, the parameters are laid out as they decode fastest: see
-  `models.transformer.with_own_head` and `models.transformer.with_separate_layers`.
+  Unless it is for training, the parameters are laid out as they decode fastest, see
+  `models.transformer.for_decoding`.
 
   Args:
     name: a known model (`smollm2-135m-instruct`), a Hugging Face directory, a GGUF file, or the id
@@ -86,9 +84,9 @@ def load_model(
     OSError: if files do not exist or cannot be fetched.
   """
   loaded = _load(os.fspath(name), dtype, progress or (lambda stage: None))
-  if for_training or jax.default_backend() != 'cpu':
+  if for_training:
     return loaded
-  return loaded._replace(transformer=with_separate_layers(with_own_head(loaded.transformer)))
+  return loaded._replace(transformer=for_decoding(loaded.transformer))
 
 
 def _load(name, dtype, progress):
