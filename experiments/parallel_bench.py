@@ -3,11 +3,13 @@
   python -m experiments.parallel_bench
   python -m experiments.parallel_bench --methods threshold,factor,klass --num-examples 100
   python -m experiments.parallel_bench --model exact --temperature 1
+  python -m experiments.parallel_bench --data waiting_line/copy.jsonl waiting_line/shuffle.jsonl
 
 Trains the tiny diffusion network first if it is not there. Sweeps every unmasking policy over its
-knob on ten list tasks, and prints accuracy beside tokens per forward. Expect, with the exact
-network: where the question fixes the answer, all of it in one forward and right; where it leaves a
-choice, an accuracy that falls as tokens per forward rise. docs/diffusion.md explains the plots.
+knob on ten list tasks (examples of our own, or published ones), and prints accuracy beside tokens
+per forward. Expect, with the exact network: where the question fixes the answer, all of it in one
+forward and right; where it leaves a choice, an accuracy that falls as tokens per forward rise.
+docs/diffusion.md explains the plots.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +38,7 @@ from experiments.display import make_console
 from experiments.exact_network import exact_network
 from experiments.exact_network import make_worlds
 from train import list_tasks
+from train.list_tasks.published import read_published
 
 SCHEMA = 1
 EXACT = 'exact'  # the network that knows all laws
@@ -55,11 +58,8 @@ def _main(argv):
   args = _parser().parse_args(argv)
   console = make_console()
   say = lambda text: console.print(text, style='dim', markup=False)  # noqa: E731
-  examples = [
-    example
-    for task in list_tasks.TASKS
-    for example in list_tasks.examples(args.num_examples, args.seed + 1, (task,))
-  ]
+  with cli.user_errors():
+    examples = _examples(args)
   runner = _make_runner(args, examples, say)
   with cli.user_errors():
     available = [name for name in runner.available() if args.model != EXACT or name != 'guided']
@@ -79,6 +79,7 @@ def _main(argv):
     'temperature': args.temperature,
     'block_size': args.block_size,
     'num_examples': args.num_examples,
+    'data': [str(path) for path in args.data or ()],
     'points': points,
     'caches': caches,
     'limits': limit_curves(),
@@ -93,6 +94,16 @@ def _main(argv):
     console.print(sentence, markup=False)
   console.print(f'Written to {args.out}/', markup=False)
   return 0
+
+
+def _examples(args) -> list[list_tasks.Example]:
+  if args.data:
+    return [example for path in args.data for example in read_published(path)[: args.num_examples]]
+  return [
+    example
+    for task in list_tasks.TASKS
+    for example in list_tasks.examples(args.num_examples, args.seed + 1, (task,))
+  ]
 
 
 def _make_runner(args, examples, say) -> Runner:
@@ -118,6 +129,10 @@ def _parser():
     '--model', default=tiny_diffusion.NAME, metavar='DIR',
     help="a network trained on the list tasks (default: the tiny one, trained if need be), or "
     f"'{EXACT}': one that knows all laws, untrained",
+  )  # fmt: skip
+  parser.add_argument(
+    '--data', nargs='+', type=pathlib.Path, metavar='FILE.jsonl',
+    help='published waiting-line tasks, instead of examples of our own',
   )  # fmt: skip
   parser.add_argument('--methods', metavar='A,B,C', help='default: all whose weights are there')
   parser.add_argument(
@@ -150,7 +165,8 @@ def measure(
 def summarize(result: Any, examples: Sequence[list_tasks.Example]) -> dict[str, Any]:
   """Returns accuracy and tokens per forward by task, and of the two kinds of tasks.
 
-  Tokens per forward are slots filled by forwards; the static sampler's are 1 by definition.
+  Tokens per forward are slots filled by forwards; the static sampler's are 1 by definition. Of
+  tasks without an example all numbers are None.
   """
   right = np.array([
     list_tasks.is_right(example, answer)
@@ -161,6 +177,8 @@ def summarize(result: Any, examples: Sequence[list_tasks.Example]) -> dict[str, 
   fixed = np.isin(tasks, list_tasks.INDEPENDENT)
 
   def of(rows):
+    if not rows.any():
+      return dict.fromkeys(('accuracy', 'tokens_per_forward', 'forwards'))
     return {
       'accuracy': float(right[rows].mean()),
       'tokens_per_forward': float(filled[rows].sum() / calls[rows].sum()),
@@ -261,10 +279,20 @@ def _worlds(task, length):
 
 def _line(point):
   return (
-    f'{point["method"]} at {point["knob"]:g}: {point["fixed"]["accuracy"]:.3f} at '
-    f'{point["fixed"]["tokens_per_forward"]:.2f} tokens/forward where answers are fixed, '
-    f'{point["chosen"]["accuracy"]:.3f} at {point["chosen"]["tokens_per_forward"]:.2f} where chosen'
+    f'{point["method"]} at {point["knob"]:g}: {_accuracy(point, "fixed")} at '
+    f'{_speed(point, "fixed")} tokens/forward where answers are fixed, '
+    f'{_accuracy(point, "chosen")} at {_speed(point, "chosen")} where chosen'
   )
+
+
+def _accuracy(point, kind):
+  value = point[kind]['accuracy']
+  return '-' if value is None else f'{value:.3f}'
+
+
+def _speed(point, kind):
+  value = point[kind]['tokens_per_forward']
+  return '-' if value is None else f'{value:.2f}'
 
 
 def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
@@ -278,10 +306,10 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
     table.add_row(
       point['method'],
       f'{point["knob"]:g}',
-      f'{point["fixed"]["accuracy"]:.3f}',
-      f'{point["fixed"]["tokens_per_forward"]:.2f}',
-      f'{point["chosen"]["accuracy"]:.3f}',
-      f'{point["chosen"]["tokens_per_forward"]:.2f}',
+      _accuracy(point, 'fixed'),
+      _speed(point, 'fixed'),
+      _accuracy(point, 'chosen'),
+      _speed(point, 'chosen'),
       f'{point["seconds"]:.2f}',
     )
   return table
@@ -297,8 +325,8 @@ def caches_table(caches: Sequence[Mapping[str, Any]]) -> Table:
   for each in caches:
     table.add_row(
       each['cache'],
-      f'{each["fixed"]["accuracy"]:.3f}',
-      f'{each["chosen"]["accuracy"]:.3f}',
+      _accuracy(each, 'fixed'),
+      _accuracy(each, 'chosen'),
       f'{each["queries_per_token"]:.1f}',
       f'{each["seconds"]:.2f}',
       f'{each["kl"]:.4f}',
@@ -312,9 +340,13 @@ def findings(points: Sequence[Mapping[str, Any]]) -> list[str]:
   reference = next(p for p in points if p['method'] == STATIC)
   found = []
   for kind, what in (('fixed', 'the question fixes the answer'), ('chosen', 'it leaves a choice')):
+    if reference[kind]['accuracy'] is None:
+      continue
     best = _best(points, reference, lambda p, kind=kind: p[kind])
     found.append(f'Where {what}: {best}')
   for task in list_tasks.TASKS:
+    if reference['tasks'][task]['accuracy'] is None:
+      continue
     best = _best(points, reference, lambda p, task=task: p['tasks'][task])
     found.append(f'  {task}: {best}')
   return found
@@ -366,8 +398,9 @@ def plot_tasks(results: Mapping[str, Any]) -> Figure:
 
 def _curves(axes, points, part, size=5):
   for index, name in enumerate(dict.fromkeys(p['method'] for p in points)):
-    some = sorted((part(p) for p in points if p['method'] == name),
-                  key=lambda each: each['tokens_per_forward'])  # fmt: skip
+    some = [part(p) for p in points if p['method'] == name]
+    some = [each for each in some if each['accuracy'] is not None]
+    some.sort(key=lambda each: each['tokens_per_forward'])
     axes.plot(
       [each['tokens_per_forward'] for each in some],
       [each['accuracy'] for each in some],

@@ -117,3 +117,20 @@ def test_methods_are_chosen_by_name():
 def test_a_network_of_other_words_is_refused(tmp_path, capsys):
   assert parallel_bench.main(['--model', str(tmp_path)]) == 2
   assert 'config.json' in capsys.readouterr().err
+
+
+def test_published_examples_take_the_place_of_our_own(tmp_path, capsys):
+  line = ['Cora Wu', 'Abel Ito', 'Dina Roy']
+  row = {'input': {'context': json.dumps(line)}, 'answer': json.dumps(line[::-1]), 'metadata': {}}
+  data = tmp_path / 'reverse.jsonl'
+  data.write_text(json.dumps(row) + '\n')
+  arguments = ['--model', 'exact', '--methods', 'static', '--out', str(tmp_path / 'out'), '--data']
+  assert parallel_bench.main([*arguments, str(data)]) == 0
+  results = json.loads((tmp_path / 'out' / 'parallel_bench.json').read_text())
+  assert results['data'] == [str(data)]
+  for point in results['points']:
+    assert point['fixed']['accuracy'] == point['tasks']['reverse']['accuracy'] == 1
+    assert point['chosen']['accuracy'] is None and point['tasks']['copy']['accuracy'] is None
+  assert 'reverse: static 1.000' in capsys.readouterr().out
+  assert parallel_bench.main([*arguments, str(data.rename(tmp_path / 'sudoku.jsonl'))]) == 2
+  assert 'named after no list task' in capsys.readouterr().err

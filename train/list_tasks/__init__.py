@@ -91,7 +91,12 @@ def is_right(example: Example, answer: Sequence[str]) -> bool:
     return sorted(answer) == sorted(line) and answer != line
   if example.task.endswith('random'):
     return answer in possible_answers(example)
-  return answer == example.answer
+  return answer == fixed_answer(example)
+
+
+def fixed_answer(example: Example) -> tuple[str, ...]:
+  """Returns the one right answer of a task whose answer the question fixes."""
+  return _EDITS[example.task](example.line, example.index, example.item, None)
 
 
 def possible_answers(example: Example) -> list[tuple[str, ...]]:
