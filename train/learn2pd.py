@@ -103,7 +103,7 @@ def _parser():
 
 def _requests(num, seed, vocab_size):
   """Yields requests of one shape for `num` examples."""
-  longest = 4 + list_tasks.LONGEST + list_tasks.CANVAS
+  longest = list_tasks.LONGEST_PROMPT + list_tasks.CANVAS
   for index, start in enumerate(range(0, num, _BATCH)):
     some = list(list_tasks.examples(min(_BATCH, num - start), seed + index))
     some += [some[0]] * (_BATCH - len(some))

@@ -17,6 +17,7 @@ from experiments.exact_network import make_worlds
 from experiments.exact_network import worlds_of
 from models.config import TransformerConfig
 from models.transformer import Transformer
+from train import learn2pd
 from train import list_tasks
 from train.export import save_language_model
 
@@ -77,6 +78,22 @@ def test_compare_takes_a_diffusion_model(network, tmp_path, capsys):
   assert rows[1]['forwards'] <= rows[0]['forwards']
   assert compare.main(['--model', str(network), '--list']) == 0
   assert 'Fast-dLLM' in capsys.readouterr().out
+
+
+def test_a_filter_is_trained_on_what_an_oracle_sees(network, tmp_path, capsys):
+  path = tmp_path / 'filter' / 'filter.npz'
+  assert learn2pd.main(['--model', str(network), '--out', str(path), '--num-examples', '64']) == 0
+  assert 'precision' in capsys.readouterr().out
+  assert path.exists()
+  answers = tmp_path / 'answers.jsonl'
+  arguments = ['--model', str(network), '--num-examples', '64', '--answers', str(answers)]
+  assert learn2pd.main(arguments) == 0
+  records = [json.loads(line) for line in answers.read_text().splitlines()]
+  assert len(records) == 64
+  for record, example in zip(records, list_tasks.examples(64, 1000), strict=True):
+    prompt = list_tasks.to_ids(example.prompt)
+    assert record['token_ids'][: len(prompt)] == prompt
+    assert sum(record['loss_mask']) == list_tasks.CANVAS == len(record['token_ids']) - len(prompt)
 
 
 def test_the_exact_network_knows_every_law():

@@ -28,6 +28,7 @@ INDEPENDENT = ('copy', 'reverse', 'sort', 'insert_index', 'remove_index', 'repla
 VOCABULARY = (END, '=', ':', *TASKS, *'0123456', *ITEMS)
 CANVAS = 8
 SHORTEST, LONGEST = 3, 6
+LONGEST_PROMPT = LONGEST + 5  # a task, an index, an item, ':' and '='
 TOKENIZER = pathlib.Path(__file__).parent  # a folder with tokenizer.json
 NUM_DOCUMENTS = 100_000
 
