@@ -284,9 +284,10 @@ def test_a_terminal_sees_progress():
 
 
 @pytest.mark.real
-def test_the_default_model(tmp_path):
+@pytest.mark.parametrize('more', [[], ['--methods', 'jacobi,jacobi-ngram,lookahead,iad']])
+def test_the_default_model(tmp_path, more):
   argv = ['--num-prompts', '2', '--max-new-tokens', '8', '--out', str(tmp_path / 'out')]
-  assert compare.main(argv) == 0
+  assert compare.main([*argv, *more]) == 0
   results, methods = read_results(tmp_path / 'out')
   assert results['model']['name'] == 'smollm2-135m-instruct'
   for method in methods.values():
