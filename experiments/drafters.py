@@ -1,13 +1,13 @@
 """Which trained drafter is best, all trained on the same tokens and verified with the same nodes?
 
   python -m experiments.drafters
-  python -m experiments.drafters --num-steps 100 --only tiny_medusa,tiny_eagle3
+  python -m experiments.drafters --only tiny_eagle3 --target-steps 300 --num-steps 100
 
 It trains `tiny_target` and then every tiny head into --workdir, each on as many tokens (a run that
 is there already is not repeated, one that was stopped goes on), and decodes the same held-out
 prompts with all of them, as chains and as trees of equal numbers of nodes, at temperature 0 and 1.
 
-Expect about an hour on two CPU cores, a table for each temperature, and tables, a plot and
+Expect an hour and a half on two CPU cores, a table for each temperature, and tables, a plot and
 drafters.json in WORKDIR/drafters. What the columns mean: docs/drafters.md.
 """
 
@@ -137,6 +137,9 @@ def _parser():
     '--num-steps', type=cli.at_least(1), metavar='N', help="of every head (default: the config's)"
   )
   parser.add_argument(
+    '--target-steps', type=cli.at_least(1), metavar='N', help='of the target (default: its config)'
+  )
+  parser.add_argument(
     '--batch-size', type=cli.at_least(1), metavar='B', help='rows a step of every head'
   )
   parser.add_argument('--train-only', action='store_true', help='train, and stop')
@@ -187,6 +190,8 @@ def head_config(
     'init_from': moved(config.init_from),
     'options': {key: moved(value) for key, value in config.options.items()},
   }
+  if name == TARGET and num_steps is not None:
+    changes['num_steps'] = num_steps
   if name != TARGET:
     changes['data'] = dataclasses.replace(config.data, directory=str(workdir / 'data'))
     if batch_size is not None:
@@ -204,7 +209,8 @@ def train(name: str, args: argparse.Namespace, console: Console) -> bool:
   if (folder / 'export' / 'config.json').exists():
     return True
   console.print(f'training {name}', style='bold')
-  config = head_config(name, args.workdir, args.num_steps, args.batch_size)
+  num_steps = args.target_steps if name == TARGET else args.num_steps
+  config = head_config(name, args.workdir, num_steps, args.batch_size)
   return Run(config, folder).train() is Outcome.FINISHED
 
 

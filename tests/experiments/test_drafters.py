@@ -28,10 +28,12 @@ def test_heads_are_trained_and_compared(config, tmp_path, monkeypatch, capsys): 
   monkeypatch.setattr(drafters, 'load_config', configs.get)
   monkeypatch.setattr(drafters, '_PROMPT_LENGTH', 8)
   arguments = ['--workdir', str(tmp_path), '--only', 'tiny_medusa', '--nodes', '4',
-               '--num-steps', '4', '--num-prompts', '2', '--max-new-tokens', '8']  # fmt: skip
+               '--target-steps', '3', '--num-steps', '4', '--num-prompts', '2',
+               '--max-new-tokens', '8']  # fmt: skip
   assert drafters.main(arguments) == 0
   results = json.loads((tmp_path / 'drafters' / 'drafters.json').read_text())
-  assert results['training']['tiny_medusa']['num_steps'] == 4
+  steps = {name: facts['num_steps'] for name, facts in results['training'].items()}
+  assert steps == {'tiny_target': 3, 'tiny_medusa': 4}
   greedy, sampled = results['temperatures']
   rows = {row['name']: row for row in greedy['methods']}
   assert list(rows) == ['plain', 'free drafts', 'ngram', 'medusa', 'medusa tree']

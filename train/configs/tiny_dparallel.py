@@ -4,8 +4,8 @@
   python -m train.learn2pd --answers runs/tiny_answers.jsonl
   python -m train.main --config tiny_dparallel --workdir runs/tiny_dparallel
 
-Expect the metric `entropy_of_right` to fall. `python -m experiments.parallel_bench` then has the
-method `distilled`.
+Expect two to three minutes on two cores. `python -m experiments.parallel_bench` then has the method
+`distilled`: docs/diffusion.md has what it gains.
 """
 
 from train.config import CheckpointConfig

@@ -2,8 +2,9 @@
 
   python -m train.main --config tiny_target --workdir runs/tiny_target
 
-Expect, after 500 steps (2 M tokens), a loss of 4.06 and a token accuracy of 0.24. The model is in
-runs/tiny_target/export, a Hugging Face folder with a tokenizer of 2048 tokens.
+Expect, after 1000 steps (4 M tokens, about 17 minutes on two cores), a loss of 3.2 and a token
+accuracy of 0.34. The model is in runs/tiny_target/export, a Hugging Face folder with a tokenizer of
+2048 tokens. `--set num_steps=300` gives a poorer one in five minutes, good enough to try a head on.
 """
 
 from train.config import CheckpointConfig
@@ -29,6 +30,6 @@ def get_config() -> TrainConfig:
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05),
     eval=EvalConfig(every=0),
     checkpoint=CheckpointConfig(every=200),
-    num_steps=500,
+    num_steps=1000,
     batch_size=16,
   )
