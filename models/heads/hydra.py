@@ -60,8 +60,9 @@ class HydraHead(nnx.Module):
     self.skip_bias = nnx.Param(jnp.zeros((size,), dtype))
     self.kernel = nnx.Param(jnp.zeros((width, size), dtype))
     self.bias = nnx.Param(jnp.zeros((size,), dtype))
-    self.blocks = nnx.Param(jnp.zeros((blocks, size, size), dtype))
-    self.block_biases = nnx.Param(jnp.zeros((blocks, size), dtype))
+    # Absent rather than empty: an array without elements cannot be saved.
+    self.blocks = nnx.Param(jnp.zeros((blocks, size, size), dtype)) if blocks else None
+    self.block_biases = nnx.Param(jnp.zeros((blocks, size), dtype)) if blocks else None
     head = unembedding(target)
     head = head if vocabulary is None else vocabulary.restrict(head)
     self.head = None if config.share_head else nnx.Param(jnp.array(head, dtype))
@@ -71,10 +72,11 @@ class HydraHead(nnx.Module):
     """Returns f[..., D], what the projection multiplies, for u f[..., (k + 1) D]."""
     u = dropout(u)
     x = _affine(u, self.skip, self.skip_bias) + jax.nn.silu(_affine(u, self.kernel, self.bias))
-    for layer in range(self.num_layers - 1):
-      layer = min(layer, self.blocks.shape[0] - 1)
-      y = dropout(x)
-      x = y + jax.nn.silu(_affine(y, self.blocks[...][layer], self.block_biases[...][layer]))
+    if self.blocks is not None and self.block_biases is not None:
+      for layer in range(self.num_layers - 1):
+        layer = min(layer, self.blocks.shape[0] - 1)
+        y = dropout(x)
+        x = y + jax.nn.silu(_affine(y, self.blocks[...][layer], self.block_biases[...][layer]))
     return dropout(x)
 
   def project(self, target: Transformer, vector: jax.Array, vocabulary) -> jax.Array:
