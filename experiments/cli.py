@@ -17,6 +17,7 @@ import zlib
 
 import jax
 
+from experiments.errors import UserError as UserError
 from experiments.methods import METHODS
 from experiments.methods import Setup
 from experiments.methods import default_methods
@@ -29,10 +30,6 @@ DEFAULT_PROMPTS = PROMPTS_DIRECTORY / 'default.jsonl'
 USAGE_EXIT = 2
 _MAX_ROW_ID = 2**31 - 1
 _MAX_SEED = 2**31 - 1
-
-
-class UserError(Exception):
-  """What the user can mend. It is told in one line, without a traceback."""
 
 
 class Prompt(NamedTuple):

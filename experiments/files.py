@@ -1,4 +1,7 @@
-"""Where results go, and how they get there: whole files, in a folder that can be written to."""
+"""Where results go, and how they get there: whole files, in a folder that can be written to.
+
+Needs nothing installed: scripts that run on a machine with jax alone write through it.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,7 +13,7 @@ import re
 import tempfile
 from typing import Any
 
-from experiments import cli
+from experiments.errors import UserError
 
 
 def default_directory(kind: str, name: str = '') -> pathlib.Path:
@@ -39,9 +42,9 @@ def results_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise cli.UserError(f'cannot create the folder for results, {path}: {error}') from error
+    raise UserError(f'cannot create the folder for results, {path}: {error}') from error
   if not os.access(path, os.W_OK):
-    raise cli.UserError(f'cannot write to the folder for results, {path}')
+    raise UserError(f'cannot write to the folder for results, {path}')
   try:
     yield path
   finally:

@@ -1,6 +1,9 @@
 """What the scripts about kernels compute from what they measure, and the problems they share."""
 
 import math
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from experiments.kernel_problems import verify_nodes
 from experiments.timing import Ceilings
 from experiments.timing import seconds_per_call
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TINY = Attention(
   batch=2, num_queries=3, prefix=256, num_heads=4, num_kv_heads=2, head_dim=16, dtype=jnp.float32
 )
@@ -87,3 +91,22 @@ def test_without_a_device_the_check_says_so(capsys):
   assert gpu_check.main([]) == 2
   assert tune_kernels.main([]) == 2
   assert 'nothing to check' in capsys.readouterr().out
+
+
+def test_the_gpu_check_starts_where_only_jax_is_installed():
+  others = (
+    'flax',
+    'optax',
+    'orbax',
+    'chex',
+    'huggingface_hub',
+    'safetensors',
+    'rich',
+    'matplotlib',
+  )
+  code = (
+    'import sys\n'
+    f'sys.modules.update(dict.fromkeys({others!r}))\n'  # None: cannot be imported
+    'from experiments import gpu_check\n'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=_ROOT, check=True, timeout=120)
