@@ -17,6 +17,7 @@ from decodax.diffusion import policies
 from decodax.types import Request
 
 STATIC = 'static'  # what the others are compared with: one slot per forward, the surest first
+ORACLE = 'oracle'  # a bound: it is told what static will write
 
 
 class DiffusionMethod(NamedTuple):
@@ -122,7 +123,7 @@ _ENTRIES = (
     lambda n: policies.llada(n), (8,), 8, free_drafts=4,
   ),
   DiffusionMethod(
-    'oracle', 'no method but a bound: fills what is already as static will have it',
+    ORACLE, 'no method but a bound: fills what is already as static will have it',
     lambda _: policies.oracle(), (0,), 0, needs='static answers',
   ),
   DiffusionMethod(

@@ -31,6 +31,7 @@ from experiments import cli
 from experiments import files
 from experiments import tiny_diffusion
 from experiments.diffusion_methods import METHODS
+from experiments.diffusion_methods import ORACLE
 from experiments.diffusion_methods import STATIC
 from experiments.diffusion_methods import Runner
 from experiments.diffusion_methods import choose
@@ -41,7 +42,6 @@ from train import list_tasks
 from train.list_tasks.published import read_published
 
 SCHEMA = 1
-ORACLE = 'oracle'  # a bound: it is told what to write
 EXACT = 'exact'  # the network that knows all laws
 CACHE_BLOCK = 4  # slots of a block where caches are compared: the canvas has several
 # Okabe and Ito's colours, which colour-blind people can tell apart, then some between.

@@ -350,7 +350,7 @@ def with_separate_layers(transformer: Transformer) -> Transformer:
   for path, variable in flat.items():
     stacked = variable.get_value()
     if path[1:] in _separable(transformer.config) and not isinstance(stacked, PerLayer):
-      flat[path] = variable.replace(PerLayer(tuple(jnp.array(a) for a in stacked)))
+      flat[path] = variable.replace(PerLayer(tuple(stacked)))
   return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
