@@ -21,6 +21,7 @@ import zipfile
 
 import huggingface_hub
 from huggingface_hub import utils as hub_utils
+import jax
 
 from models.gguf_loader import load_gguf
 from models.hf import load_hf
@@ -28,6 +29,7 @@ from models.transformer import for_decoding
 from models.weights import LoadedModel
 from models.weights import Progress
 from models.weights import sha256_of
+from pallas_kernels.skinny_matmul import cpu as cpu_kernel
 
 DEFAULT_MODEL = 'smollm2-135m-instruct'
 
@@ -83,9 +85,13 @@ def load_model(
     ValueError: if the name means nothing, or a checkpoint is damaged or not supported.
     OSError: if files do not exist or cannot be fetched.
   """
-  loaded = _load(os.fspath(name), dtype, progress or (lambda stage: None))
+  progress = progress or (lambda stage: None)
+  loaded = _load(os.fspath(name), dtype, progress)
   if for_training:
     return loaded
+  if jax.default_backend() == 'cpu':
+    progress('compiling the CPU kernel')  # once per machine; without a compiler XLA multiplies
+    cpu_kernel.prepare()
   return loaded._replace(transformer=for_decoding(loaded.transformer))
 
 

@@ -28,6 +28,7 @@ from models.config import rope_frequencies
 from models.moe import ExpertMLP
 from pallas_kernels.block_attention import Prefix
 from pallas_kernels.block_attention import block_attention
+from pallas_kernels.skinny_matmul import skinny_matmul
 
 _ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 _normal = nnx.initializers.normal(0.02)
@@ -201,6 +202,8 @@ class Transformer(nnx.Module):
     if self.head is None:
       kernel = self.embedding[...][chosen].astype(hidden.dtype)
       logits = jnp.einsum('...d,vd->...v', hidden, kernel, preferred_element_type=jnp.float32)
+    elif tokens is None and hidden.dtype == self.head.dtype == jnp.float32:
+      logits = _times(hidden, [self.head[...]])
     else:
       kernel = self.head[...][:, chosen].astype(hidden.dtype)
       logits = jnp.einsum('...d,dv->...v', hidden, kernel, preferred_element_type=jnp.float32)
@@ -385,13 +388,16 @@ def _of_layer(layer, stacked):
 def _multiply(x, param):
   """Returns f[..., out], x[..., in] times a parameter f[in, ...] whose other axes become one."""
 
-  def times(matrix, x):
-    return x @ matrix.astype(x.dtype).reshape(matrix.shape[0], -1)
-
   kernel = param.get_value()
   if isinstance(kernel, PerLayer):
-    return lax.switch(kernel.layer, [functools.partial(times, m) for m in kernel.matrices], x)
-  return times(kernel, x)
+    flat = [matrix.reshape(matrix.shape[0], -1) for matrix in kernel.matrices]
+    return _times(x, flat, kernel.layer)
+  return x @ kernel.astype(x.dtype).reshape(kernel.shape[0], -1)
+
+
+def _times(x, matrices, layer=0):
+  """Returns f[..., out], x[..., in] times one of the matrices [in, out]."""
+  return skinny_matmul(x.reshape(-1, x.shape[-1]), matrices, layer).reshape(*x.shape[:-1], -1)
 
 
 def _zeros(param_dtype):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-IMPLEMENTATIONS = ('xla', 'tpu', 'gpu', 'interpret')
+IMPLEMENTATIONS = ('xla', 'tpu', 'gpu', 'cpu', 'interpret')
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar('implementation', default=None)
 
 
@@ -44,33 +44,38 @@ def dispatch(
   *,
   xla: Callable,
   load: Callable[[str], Kernel],
+  kernels: Sequence[str] = ('tpu', 'gpu', 'interpret'),
 ):
   """Returns `f(*arrays)`, f being the implementation that was named or the best that works.
 
   With None a device gets its kernel if the kernel can do the problem, else the XLA form; so does a
-  computation that XLA partitions over several devices, which it could not do with a kernel.
+  computation that XLA partitions over several devices, which it could not do with a kernel. What
+  `default_implementation` names does not count for an operation that has no such kernel.
 
   Args:
     operation: its name, for messages.
-    implementation: 'xla', 'tpu', 'gpu', 'interpret' (the TPU kernel, interpreted on any device) or
-      None.
+    implementation: 'xla', one of `kernels` or None.
     arrays: pytrees of arrays.
     xla: the reference.
-    load: 'tpu', 'gpu' or 'interpret' -> that kernel. Called when it is needed, since importing
-      Pallas takes a second.
+    load: one of `kernels` -> that kernel. Called when it is needed, since importing Pallas takes a
+      second.
+    kernels: which ones the operation has: 'tpu', 'gpu', 'cpu', and 'interpret', the TPU kernel
+      interpreted on any device.
 
   Raises:
     NotImplementedError: if what was named does not exist or cannot do this problem.
   """
-  implementation = implementation or _chosen.get()
+  there_are = ('xla', *kernels)
+  if implementation is None and _chosen.get() in there_are:
+    implementation = _chosen.get()
   if implementation == 'xla':
     return xla(*arrays)
   if implementation is None:
-    return _automatic(arrays, xla, load)
-  if implementation not in IMPLEMENTATIONS:
+    return _automatic(arrays, xla, load, kernels)
+  if implementation not in there_are:
     raise NotImplementedError(
       f'{operation} has no {implementation!r} implementation; there are None, '
-      + ', '.join(map(repr, IMPLEMENTATIONS))
+      + ', '.join(map(repr, there_are))
     )
   kernel = _load(load, implementation)
   if kernel.why_not is not None:
@@ -84,14 +89,14 @@ def device_kind() -> str:
   return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
-def _automatic(arrays, xla, load):
-  name = {'tpu': 'tpu', 'gpu': 'gpu'}.get(jax.default_backend())
-  if name is None or _is_partitioned() or (name == 'gpu' and not _is_hopper()):
+def _automatic(arrays, xla, load, kernels):
+  name = jax.default_backend()
+  if name not in kernels or _is_partitioned() or (name == 'gpu' and not _is_hopper()):
     return xla(*arrays)
   kernel = _load(load, name)
   if kernel.why_not is not None:
     return xla(*arrays)
-  branch = {'tpu' if name == 'tpu' else 'cuda': kernel.run}
+  branch = {'cuda' if name == 'gpu' else name: kernel.run}
   return lax.platform_dependent(*arrays, default=xla, **branch)
 
 

@@ -207,11 +207,12 @@ def regenerate(
 
   Tasks are taken by length, so that a batch has little padding.
   """
-  done = finished_ids(out)
+  done = {record['id'] for record in finished_records(out)}
   numbers = {task.id: number for number, task in enumerate(tasks)}
   left = [task for task in tasks if task.id not in done]
   left.sort(key=lambda task: len(task.prompt) or sum(len(m['content']) for m in task.history))
-  size, written, start, tokens = writer.options.batch_size, 0, time.monotonic(), 0
+  size, written, tokens = writer.options.batch_size, 0, 0
+  progress = Progress(len(tasks), len(done), show)
   out.parent.mkdir(parents=True, exist_ok=True)
   with open(out, 'a', encoding='utf-8') as file:
     for first in range(0, len(left), size):
@@ -221,27 +222,52 @@ def regenerate(
       file.flush()
       written += len(records)
       tokens += sum(sum(record['loss_mask']) for record in records)
-      if show:
-        speed = tokens / (time.monotonic() - start)
-        print(f'\r{len(done) + first + len(batch)}/{len(tasks)} tasks, {tokens} tokens, '
-              f'{speed:.0f} tokens/s', end='', flush=True)  # fmt: skip
-  if show:
-    print()
+      progress.show(len(done) + first + len(batch), tokens)
+  progress.end()
   return written
 
 
-def finished_ids(out: pathlib.Path) -> set[str]:
-  """Returns the ids in a file, after cutting off a last line that is not whole."""
+class Progress:
+  """One line of the terminal that says how far a command is."""
+
+  def __init__(self, total: int, done: int, show: bool):
+    self._total, self._first, self._shown = total, done, show
+    self._start = time.monotonic()
+
+  def show(self, done: int, tokens: int | None = None):
+    """Shows how many of all are done, and how long the rest will take at this pace."""
+    if not self._shown:
+      return
+    passed = time.monotonic() - self._start
+    left = passed * (self._total - done) / max(done - self._first, 1)
+    speed = '' if tokens is None else f', {tokens} tokens, {tokens / passed:.0f} tokens/s'
+    print(f'\r{done}/{self._total}{speed}, {left / 60:.0f} min left ', end='', flush=True)
+
+  def end(self):
+    """Ends the line."""
+    if self._shown:
+      print()
+
+
+def finished_records(out: pathlib.Path) -> list[dict]:
+  """Returns the records of a file that has ids, after cutting off a last line that is not whole.
+
+  Raises:
+    ValueError: if it holds anything else.
+  """
   if not out.exists():
-    return set()
+    return []
   data = out.read_bytes()
   whole = data[: data.rfind(b'\n') + 1]
+  try:
+    records = [json.loads(line) for line in whole.splitlines()]
+    if not all('id' in record for record in records):
+      raise ValueError('a line has no id')
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{out} was not written by this command: {error}') from error
   if len(whole) < len(data):
     out.write_bytes(whole)
-  try:
-    return {json.loads(line)['id'] for line in whole.splitlines()}
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{out} was not written by this command: {error}') from error
+  return records
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -164,8 +164,6 @@ def _parse_turns(turns, role_key, content_key, where):
         f'{content_key!r}, a text; it is {str(turn)[:120]}'
       )
     parsed.append({'role': _ROLES[role], 'content': content})
-  if not any(turn['role'] == 'assistant' for turn in parsed):
-    raise ValueError(f"{where}: no turn of the assistant's, so there is nothing to learn")
   return tuple(parsed)
 
 

@@ -79,7 +79,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> Iterator[Encoded]:
   template writes are not.
 
   Raises:
-    ValueError: if the template refuses the conversation.
+    ValueError: if the template refuses the conversation, or nobody answers in it.
   """
   if document.token_ids is not None and document.loss_mask is not None:
     yield Encoded(document.token_ids, document.loss_mask, document.where)
@@ -101,6 +101,10 @@ def _encode_conversation(document, tokenizer):
   """
   messages = document.messages
   turns = [index for index, each in enumerate(messages) if each['role'] == 'assistant']
+  if not turns:
+    raise ValueError(
+      "no turn of the assistant's, so there is nothing to learn; `train.regenerate` writes them"
+    )
   whole = tokenizer.encode_chat(messages[: turns[-1] + 1], add_generation_prompt=False)
   mask, one_text = [False] * len(whole), True
   examples = []

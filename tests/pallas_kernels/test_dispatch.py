@@ -38,15 +38,38 @@ def _load(reasons):
   return load
 
 
-def _run(implementation=None, **reasons):
+def _run(implementation=None, kernels=('tpu', 'gpu', 'interpret'), **reasons):
   return dispatch.dispatch(
-    'thing', implementation, ('x',), xla=lambda x: f'xla {x}', load=_load(reasons)
+    'thing', implementation, ('x',), xla=lambda x: f'xla {x}', load=_load(reasons), kernels=kernels
   )
 
 
 def test_a_name_is_obeyed():
   for name in dispatch.IMPLEMENTATIONS:
-    assert _run(name) == f'{name} x'
+    assert _run(name, kernels=dispatch.IMPLEMENTATIONS[1:]) == f'{name} x'
+
+
+def test_a_default_that_an_operation_lacks_does_not_count():
+  with default_implementation('interpret'):
+    assert _run(kernels=('tpu',)) == 'xla x'
+  with pytest.raises(NotImplementedError, match="thing has no 'interpret' implementation"):
+    _run('interpret', kernels=('tpu',))
+
+
+def test_an_operation_with_a_kernel_for_cpus_uses_it_on_cpus():
+  def run(reason):
+    def load(name):
+      return Kernel(lambda x: f(name, x), reason)
+
+    def f(name, x):
+      assert name == 'cpu'
+      return x + 1
+
+    x = jnp.zeros(())
+    return dispatch.dispatch('thing', None, (x,), xla=lambda x: x, load=load, kernels=('cpu',))
+
+  assert run(None) == 1
+  assert run('too large') == 0
 
 
 def test_on_cpu_the_best_is_xla_and_no_kernel_is_loaded():

@@ -66,6 +66,12 @@ def test_without_a_template_the_answer_is_supervised(tokenizer):
   assert inspect_data.supervised_text(example, bare).strip() == 'is 3<|endoftext|>'
 
 
+def test_a_conversation_that_nobody_answers_is_refused(tokenizer):
+  asked = Document('chats.jsonl, line 7', messages=({'role': 'user', 'content': 'word1'},))
+  with pytest.raises(ValueError, match="chats.jsonl, line 7: no turn of the assistant's"):
+    list(encode(asked, tokenizer))
+
+
 def test_a_text_is_supervised_whole(tokenizer):
   (example,) = encode(Document('here', text='word1 is 3'), tokenizer)
   assert all(example.loss_mask)
@@ -123,7 +129,6 @@ def test_parquet_is_read_as_json_lines_are(tmp_path):
     ('{"title": "x"}', 'line 2: has title; need text'),
     ('{"messages": []}', 'line 2: a conversation must be a list of turns'),
     ('{"messages": [{"role": "boss", "content": "x"}]}', "line 2: turn 0 needs 'role', one of"),
-    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: no turn of the assistant's"),
     ('{"token_ids": [1, 2], "loss_mask": [1]}', 'line 2: token_ids must be ids'),
   ],
 )

@@ -92,7 +92,7 @@ def test_bad_input_is_named(loaded, tmp_path, capsys):
     list(regenerate.make_tasks([ids], loaded, 8, 20))
   (tmp_path / 'other.jsonl').write_text('{"x": 1}\n')
   with pytest.raises(ValueError, match='was not written by this command'):
-    regenerate.finished_ids(tmp_path / 'other.jsonl')
+    regenerate.finished_records(tmp_path / 'other.jsonl')
   arguments = ['--model', 'nowhere/', '--data', 'stdlib', '--out', str(tmp_path / 'o.jsonl')]
   assert regenerate.main(arguments) == 2
   assert 'regenerate:' in capsys.readouterr().err
