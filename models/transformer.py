@@ -391,11 +391,11 @@ def _multiply(x, param):
   kernel = param.get_value()
   if isinstance(kernel, PerLayer):
     flat = [matrix.reshape(matrix.shape[0], -1) for matrix in kernel.matrices]
-    return _times(x, flat, kernel.layer)
+    return _times(x, flat, 0 if kernel.layer is None else kernel.layer)
   return x @ kernel.astype(x.dtype).reshape(kernel.shape[0], -1)
 
 
-def _times(x, matrices, layer=0):
+def _times(x, matrices, layer: jax.Array | int = 0):
   """Returns f[..., out], x[..., in] times one of the matrices [in, out]."""
   return skinny_matmul(x.reshape(-1, x.shape[-1]), matrices, layer).reshape(*x.shape[:-1], -1)
 

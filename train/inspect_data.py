@@ -18,11 +18,11 @@ import rich.text
 
 from models.tokenizer import Tokenizer
 from train import packing
+from train.command import exit_code
 from train.config import DEFAULT_SOURCES
 from train.config import DataConfig
 from train.config import load_config
 from train.config import override
-from train.main import USAGE_EXIT
 from train.sources import read_sources
 from train.tokenize import Encoded
 from train.tokenize import encode
@@ -34,16 +34,15 @@ _SUPERVISED, _CONTEXT = 'black on green', 'dim'
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
+  return exit_code('inspect_data', lambda: _inspect(args))
+
+
+def _inspect(args):
   console = rich.console.Console(highlight=False)
-  try:
-    data, tokenizer = _load(args)
-    shown = itertools.islice(_examples(data, tokenizer), args.skip, args.skip + args.num)
-    for example in shown:
-      show(console, example, tokenizer, args.max_tokens)
-  except (ValueError, OSError) as error:
-    print(f'inspect_data: {" ".join(str(error).split())}', file=sys.stderr)
-    return USAGE_EXIT
-  return 0
+  data, tokenizer = _load(args)
+  shown = itertools.islice(_examples(data, tokenizer), args.skip, args.skip + args.num)
+  for example in shown:
+    show(console, example, tokenizer, args.max_tokens)
 
 
 def show(

@@ -11,7 +11,6 @@ empty or was asked before is left out. A line of the result is a conversation wi
 Source: Magpie, arXiv:2406.08464, section 2, without its filters by a second model.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 import json
 import pathlib
@@ -21,7 +20,8 @@ import numpy as np
 
 from models.registry import load_model
 from models.tokenizer import Tokenizer
-from train.main import USAGE_EXIT
+from train.command import exit_code
+from train.command import writer_parser
 from train.regenerate import Options
 from train.regenerate import Progress
 from train.regenerate import Writer
@@ -107,33 +107,25 @@ def invent_to_file(writer: Writer, out: pathlib.Path, num: int, *, show: bool = 
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
-  try:
-    loaded = load_model(args.model)
-    user_prefix(loaded.tokenizer)
-    options = Options(
-      args.max_new_tokens, args.temperature, args.top_p, args.seed, args.batch_size,
-      loaded.transformer.config.max_position,
-    )  # fmt: skip
-    invent_to_file(Writer(loaded, options), args.out, args.num, show=not args.quiet)
-  except (ValueError, OSError) as error:
-    print(f'invent: {" ".join(str(error).split())}', file=sys.stderr)
-    return USAGE_EXIT
-  return 0
+  return exit_code('invent', lambda: _invent(args))
+
+
+def _invent(args):
+  loaded = load_model(args.model)
+  user_prefix(loaded.tokenizer)
+  options = Options(
+    args.max_new_tokens, args.temperature, args.top_p, args.seed, args.batch_size,
+    loaded.transformer.config.max_position,
+  )  # fmt: skip
+  invent_to_file(Writer(loaded, options), args.out, args.num, show=not args.quiet)
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    prog='python -m train.invent', description="Have a model invent the users' turns itself."
-  )
-  parser.add_argument('--model', required=True, metavar='NAME|DIR|FILE.gguf', help='the target')
-  parser.add_argument('--out', required=True, type=pathlib.Path, metavar='FILE.jsonl')
+  parser = writer_parser('invent', "Have a model invent the users' turns itself.", batch_size=64)
   parser.add_argument('--num', type=int, default=1000, help='how many different turns')
-  parser.add_argument('--batch-size', type=int, default=64)
   parser.add_argument('--max-new-tokens', type=int, default=80, help='longer ones are left out')
   parser.add_argument('--temperature', type=float, default=0.9)
   parser.add_argument('--top-p', type=float, help='costs a sort of the vocabulary a token')
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--quiet', action='store_true')
   return parser
 
 

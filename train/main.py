@@ -17,11 +17,10 @@ import logging
 import pathlib
 import sys
 
+from train.command import USAGE_EXIT
 from train.config import load_config
 from train.config import override
 from train.sharding import start_processes
-
-USAGE_EXIT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,27 +14,27 @@ import sys
 from models.heads.checkpoints import LAYOUTS
 from models.heads.checkpoints import save_published
 from models.registry import load_model
+from train.command import exit_code
 from train.export import load_head
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Writes a head in a public layout; returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
-  try:
-    facts = json.loads((args.head / 'config.json').read_text(encoding='utf-8'))
-    name = args.target or facts.get('target')
-    if not name:
-      raise ValueError(f'{args.head} does not say which target it is for: give --target')
-    target = load_model(name, for_training=True).transformer
-    head = load_head(args.head, target).head
-    more = {'verifier': name, 'speculative_tokens': args.num_drafts}
-    save_published(
-      args.out, head, target, layout=args.layout, **(more if args.layout == 'speculators' else {})
-    )
-  except (ValueError, OSError) as error:
-    print(f'publish: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-  return 0
+  return exit_code('publish', lambda: _publish(args))
+
+
+def _publish(args):
+  facts = json.loads((args.head / 'config.json').read_text(encoding='utf-8'))
+  name = args.target or facts.get('target')
+  if not name:
+    raise ValueError(f'{args.head} does not say which target it is for: give --target')
+  target = load_model(name, for_training=True).transformer
+  head = load_head(args.head, target).head
+  more = {'verifier': name, 'speculative_tokens': args.num_drafts}
+  save_published(
+    args.out, head, target, layout=args.layout, **(more if args.layout == 'speculators' else {})
+  )
 
 
 def _parser():

@@ -9,7 +9,6 @@ decoded, with their loss mask, and for conversations the messages too; `train.so
 Started again, it goes on after the last line that is whole. A batch is decoded by decodax itself.
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
 import functools
 import itertools
@@ -29,8 +28,9 @@ from decodax import verifiers
 from models.adapter import as_model
 from models.registry import load_model
 from models.weights import LoadedModel
+from train.command import exit_code
+from train.command import writer_parser
 from train.export import load_head
-from train.main import USAGE_EXIT
 from train.sources import Document
 from train.sources import read_sources
 
@@ -273,43 +273,37 @@ def finished_records(out: pathlib.Path) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
-  try:
-    loaded = load_model(args.model)
-    longest = loaded.transformer.config.max_position
-    options = Options(
-      args.max_new_tokens, args.temperature, args.top_p, args.seed, args.batch_size, longest
-    )
-    documents = read_sources(args.data)
-    stretch = args.stretch or args.prompt_length + args.max_new_tokens
-    tasks = list(make_tasks(documents, loaded, args.prompt_length, stretch))
-    if args.num is not None and args.num < len(tasks):
-      chosen = np.random.default_rng(args.seed).permutation(len(tasks))[: args.num]
-      tasks = [tasks[i] for i in sorted(chosen)]
-    writer = Writer(loaded, options, args.head)
-    regenerate(tasks, writer, args.out, show=not args.quiet)
-  except (ValueError, OSError) as error:
-    print(f'regenerate: {" ".join(str(error).split())}', file=sys.stderr)
-    return USAGE_EXIT
-  return 0
+  return exit_code('regenerate', lambda: _regenerate(args))
+
+
+def _regenerate(args):
+  loaded = load_model(args.model)
+  longest = loaded.transformer.config.max_position
+  options = Options(
+    args.max_new_tokens, args.temperature, args.top_p, args.seed, args.batch_size, longest
+  )
+  documents = read_sources(args.data)
+  stretch = args.stretch or args.prompt_length + args.max_new_tokens
+  tasks = list(make_tasks(documents, loaded, args.prompt_length, stretch))
+  if args.num is not None and args.num < len(tasks):
+    chosen = np.random.default_rng(args.seed).permutation(len(tasks))[: args.num]
+    tasks = [tasks[i] for i in sorted(chosen)]
+  writer = Writer(loaded, options, args.head)
+  regenerate(tasks, writer, args.out, show=not args.quiet)
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    prog='python -m train.regenerate', description="Write training data in the target's own words."
+  parser = writer_parser(
+    'regenerate', "Write training data in the target's own words.", batch_size=16
   )
-  parser.add_argument('--model', required=True, metavar='NAME|DIR|FILE.gguf', help='the target')
   parser.add_argument('--data', required=True, nargs='+', metavar='PATH', help='prompts')
-  parser.add_argument('--out', required=True, type=pathlib.Path, metavar='FILE.jsonl')
   parser.add_argument('--head', metavar='DIR', help='an exported head that drafts')
   parser.add_argument('--num', type=int, metavar='N', help='only N of the prompts, drawn at random')
-  parser.add_argument('--batch-size', type=int, default=16)
   parser.add_argument('--max-new-tokens', type=int, default=128)
   parser.add_argument('--prompt-length', type=int, default=64, help='tokens given of a text')
   parser.add_argument('--stretch', type=int, help='tokens from one start in a text to the next')
   parser.add_argument('--temperature', type=float, default=0.0)
   parser.add_argument('--top-p', type=float)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--quiet', action='store_true')
   return parser
 
 

@@ -20,7 +20,6 @@ Started again, it goes on after the last batch that is whole.
 The loop is decodax's own, `drafters.jacobi`: what is trained on is what is decoded.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 import functools
 import json
@@ -45,7 +44,8 @@ from decodax.types import Result
 from models.adapter import as_model
 from models.registry import load_model
 from models.weights import LoadedModel
-from train.main import USAGE_EXIT
+from train.command import exit_code
+from train.command import writer_parser
 from train.sources import read_sources
 from train.tokenize import encode
 
@@ -269,31 +269,26 @@ def _stretches(sources, loaded, length) -> Iterator[list[int]]:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
+  return exit_code('trajectories', lambda: _collect(args))
+
+
+def _collect(args):
   options = Options(
     args.window, args.num_windows, args.prompt_length, args.choose, args.noise_windows,
     args.labels == 'demonstration',
   )  # fmt: skip
-  try:
-    if options.demonstrate and options.num_windows > 1:
-      raise ValueError('a demonstration is of one window: give --num-windows 1')
-    loaded = load_model(args.model)
-    length = args.prompt_length + (args.num_windows * args.window if options.demonstrate else 0)
-    texts = cut_texts(args.data, loaded, length, args.num, args.seed)
-    collector = Collector(loaded, options, args.batch_size, args.seed)
-    collect_all(texts, collector, args.out, show=not args.quiet)
-  except (ValueError, OSError) as error:
-    print(f'trajectories: {" ".join(str(error).split())}', file=sys.stderr)
-    return USAGE_EXIT
-  return 0
+  if options.demonstrate and options.num_windows > 1:
+    raise ValueError('a demonstration is of one window: give --num-windows 1')
+  loaded = load_model(args.model)
+  length = args.prompt_length + (args.num_windows * args.window if options.demonstrate else 0)
+  texts = cut_texts(args.data, loaded, length, args.num, args.seed)
+  collector = Collector(loaded, options, args.batch_size, args.seed)
+  collect_all(texts, collector, args.out, show=not args.quiet)
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    prog='python -m train.trajectories', description='Collect the states of Jacobi decoding.'
-  )
-  parser.add_argument('--model', required=True, metavar='NAME|DIR|FILE.gguf', help='the target')
+  parser = writer_parser('trajectories', 'Collect the states of Jacobi decoding.', batch_size=32)
   parser.add_argument('--data', required=True, nargs='+', metavar='PATH', help='where prompts are')
-  parser.add_argument('--out', required=True, type=pathlib.Path, metavar='FILE.jsonl')
   parser.add_argument('--num', type=int, default=1000, metavar='N', help='prompts')
   parser.add_argument('--window', type=int, default=16, metavar='n')
   parser.add_argument('--num-windows', type=int, default=7)
@@ -301,9 +296,6 @@ def _parser():
   parser.add_argument('--choose', choices=('random', 'progressive'), default='random')
   parser.add_argument('--noise-windows', type=int, default=4, metavar='w')
   parser.add_argument('--labels', choices=('own', 'demonstration'), default='own')
-  parser.add_argument('--batch-size', type=int, default=32)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--quiet', action='store_true')
   return parser
 
 
