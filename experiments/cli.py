@@ -22,9 +22,11 @@ from experiments.methods import METHODS
 from experiments.methods import Setup
 from experiments.methods import default_methods
 from models.registry import DEFAULT_MODEL
+from models.registry import KNOWN_MODELS
 from models.registry import load_model
 from train.export import load_head
 
+HEADS_DIRECTORY = pathlib.Path(__file__).parent / 'heads'
 PROMPTS_DIRECTORY = pathlib.Path(__file__).parent / 'prompts'
 DEFAULT_PROMPTS = PROMPTS_DIRECTORY / 'default.jsonl'
 USAGE_EXIT = 2
@@ -161,7 +163,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     '--draft', metavar='NAME|DIR|FILE.gguf', help='a draft model, for draft-model'
   )
   parser.add_argument(
-    '--head', metavar='DIR', help='a head trained for the model (train.main), for trained-head'
+    '--head',
+    metavar='DIR',
+    help='a head trained for the model (train.main), for trained-head and for trees (for '
+    'trained-head one comes along with the default model)',
   )
   parser.add_argument(
     '--num-drafts', type=at_least(1), metavar='N', help="tokens drafted a round (each method's own)"
@@ -208,16 +213,20 @@ def nearest_text(name: str, valid: Iterable[str], *, show_all: bool = False) -> 
   return f'; valid are: {", ".join(valid)}' if show_all and valid else ''
 
 
-def choose_methods(
-  names: str | None, temperature: float, *, has_draft: bool, has_head: bool = False
-) -> list[str]:
+def choose_methods(names: str | None, args: argparse.Namespace) -> list[str]:
   """Returns the methods asked for, or the default ones; each once.
+
+  Args:
+    names: comma-separated; None is the default ones.
+    args: the options of `add_model_options`, and the temperature.
 
   Raises:
     UserError: for an unknown method, or one whose weights are missing.
   """
+  has_draft = args.draft is not None
+  has_head = args.head is not None or shipped_head(args.model) is not None
   if names is None:
-    return default_methods(temperature, has_draft=has_draft, has_head=has_head)
+    return default_methods(args.temperature, has_draft=has_draft, has_head=has_head)
   chosen = list(dict.fromkeys(name.strip() for name in names.split(',') if name.strip()))
   if not chosen:
     raise UserError(f'no method named; valid are: {", ".join(METHODS)}')
@@ -246,10 +255,18 @@ def load_setup(args: argparse.Namespace, progress: Callable[[str], None]) -> Set
   """
   target = _load(args.model, progress)
   draft = None if args.draft is None else _load(args.draft, progress)
+  shipped = shipped_head(args.model)
   with user_errors():
     head = None if args.head is None else load_head(args.head, target.transformer)
+    own = None if shipped is None else load_head(shipped, target.transformer)
   texts = functools.partial(_sample_texts, target)
-  return Setup(target, draft, args.num_drafts, args.exit_layer, head, texts)
+  return Setup(target, draft, args.num_drafts, args.exit_layer, head, own, texts)
+
+
+def shipped_head(model: str) -> pathlib.Path | None:
+  """Returns the folder of the head that comes along for a model known by name, or None."""
+  folder = HEADS_DIRECTORY / model.lower()
+  return folder if model.lower() in KNOWN_MODELS and folder.is_dir() else None
 
 
 def _sample_texts(target):

@@ -55,12 +55,7 @@ def _main(argv):
   if args.list:
     console.print(_list_methods())
     return 0
-  names = cli.choose_methods(
-    args.methods,
-    args.temperature,
-    has_draft=args.draft is not None,
-    has_head=args.head is not None,
-  )
+  names = cli.choose_methods(args.methods, args)
   names = [PLAIN, *(name for name in names if name != PLAIN)]  # what all are compared with
   prompts = cli.read_prompts(args.prompts, args.num_prompts)
   out = args.out or files.default_directory('compare', args.model)
@@ -142,8 +137,9 @@ def _prepare(args, names, prompts, display):
   display.done('model', f'{_describe(setup.target)}, {time.perf_counter() - start:.1f} s')
   if setup.draft is not None:
     display.done('draft', _describe(setup.draft))
-  if setup.head is not None:
-    display.done('head', f'{setup.head.name} from {args.head}')
+  head = setup.chain_head()
+  if head is not None:
+    display.done('head', f'{head.name} from {args.head or cli.shipped_head(args.model)}')
   config, tokenizer = setup.target.transformer.config, setup.target.tokenizer
   encoded = []
   for prompt in prompts:
@@ -221,13 +217,14 @@ class _Comparison:
 
   def results(self, argv, *, partial: bool) -> dict[str, Any]:
     """Returns what results.json holds."""
+    head = self.setup.chain_head()
     return {
       'schema': SCHEMA,
       'partial': partial,
       'command': cli.command_line('experiments.compare', argv),
       'model': _model_facts(self.setup.target),
       'draft': None if self.setup.draft is None else _model_facts(self.setup.draft),
-      'head': None if self.setup.head is None else dict(self.setup.head.facts),
+      'head': None if head is None else dict(head.facts),
       'device': _device(),
       'versions': _versions(),
       'config': self._config(),

@@ -91,12 +91,7 @@ def _parser():
 
 
 def _one_method(args):
-  names = cli.choose_methods(
-    args.method,
-    args.temperature,
-    has_draft=args.draft is not None,
-    has_head=args.head is not None,
-  )
+  names = cli.choose_methods(args.method, args)
   if len(names) > 1:
     raise cli.UserError(f'--method takes one method: {args.method!r}')
   return names[0]

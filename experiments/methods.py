@@ -44,8 +44,13 @@ class Setup(NamedTuple):
   draft: LoadedModel | None = None
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
-  head: LoadedHead | None = None  # trained for the target
+  head: LoadedHead | None = None  # trained for the target, and named
+  shipped_head: LoadedHead | None = None  # the one that comes along, for `trained-head` alone
   sample_texts: Callable[[], Sequence[Sequence[int]]] | None = None  # to measure acceptance on
+
+  def chain_head(self) -> LoadedHead | None:
+    """Returns the head of `trained-head`: the named one, else the one that comes along."""
+    return self.head or self.shipped_head
 
 
 class Decoder(NamedTuple):
@@ -131,14 +136,17 @@ def _draft_model(setup: Setup) -> Decoder:
 
 
 def _trained_head(setup: Setup) -> Decoder:
-  if setup.head is None:
+  loaded = setup.chain_head()
+  if loaded is None:
     raise ValueError('trained-head needs a head trained for the target: give --head')
-  expander = head_expander(setup.head.head, setup.target.transformer)
-  return _with_head(setup, drafters.chain_drafter(expander, num_drafts=setup.num_drafts or 4))
+  expander = head_expander(loaded.head, setup.target.transformer)
+  num_drafts = setup.num_drafts or min(4, expander.max_depth or 4)
+  drafter = drafters.chain_drafter(expander, num_drafts=num_drafts)
+  return _with_head(setup.target, loaded.head, drafter)
 
 
-def _with_head(setup, drafter):
-  head, transformer = setup.head.head, setup.target.transformer
+def _with_head(target, head, drafter):
+  transformer = target.transformer
   params = Params(nnx.state(transformer), nnx.state(head))
   return Decoder(as_model(transformer, taps=head_taps(head)), drafter, params)
 
@@ -232,7 +240,7 @@ def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
   def build(setup):
     if setup.head is not None:
       expander = head_expander(setup.head.head, setup.target.transformer)
-      return _with_head(setup, make(expander))
+      return _with_head(setup.target, setup.head.head, make(expander))
     if setup.draft is None:
       exit_model = as_model(setup.target.transformer, exit_layer=_exit_layer(setup))
       return _decoder(setup, make(drafters.exit_expander(exit_model)))

@@ -66,6 +66,24 @@ def test_a_head_is_published(loaded, head_folder, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, nnx.state(back), nnx.state(head))
 
 
+def test_a_head_is_written_anew_in_half_the_space(loaded, head_folder, tmp_path, capsys):
+  arguments = ['--head', str(head_folder), '--out', str(tmp_path / 'out'), '--dtype', 'bfloat16']
+  assert publish.main([*arguments, '--layout', 'decodax']) == 0
+  sizes = [(f / 'model.safetensors').stat().st_size for f in (tmp_path / 'out', head_folder)]
+  assert sizes[0] < 0.6 * sizes[1]
+  back, head = (
+    export.load_head(folder, loaded.transformer) for folder in (tmp_path / 'out', head_folder)
+  )
+  assert back.facts == head.facts
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1 / 256),
+    nnx.state(back.head),
+    nnx.state(head.head),
+  )
+  assert publish.main([*arguments, '--layout', 'medusa']) == 2
+  assert "--dtype is for layout 'decodax'" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_named(loaded, head_folder, tmp_path, capsys):
   with pytest.raises(FileNotFoundError, match='is it the folder of a head'):
     export.load_head(tmp_path, loaded.transformer)
