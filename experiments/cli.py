@@ -21,6 +21,7 @@ from experiments.errors import UserError as UserError
 from experiments.methods import METHODS
 from experiments.methods import Setup
 from experiments.methods import default_methods
+from models.heads import head_for_decoding
 from models.registry import DEFAULT_MODEL
 from models.registry import KNOWN_MODELS
 from models.registry import load_model
@@ -256,11 +257,16 @@ def load_setup(args: argparse.Namespace, progress: Callable[[str], None]) -> Set
   target = _load(args.model, progress)
   draft = None if args.draft is None else _load(args.draft, progress)
   shipped = shipped_head(args.model)
-  with user_errors():
-    head = None if args.head is None else load_head(args.head, target.transformer)
-    own = None if shipped is None else load_head(shipped, target.transformer)
+  head = None if args.head is None else _load_head(args.head, target.transformer)
+  own = None if shipped is None else _load_head(shipped, target.transformer)
   texts = functools.partial(_sample_texts, target)
   return Setup(target, draft, args.num_drafts, args.exit_layer, head, own, texts)
+
+
+def _load_head(folder, target):
+  with user_errors():
+    loaded = load_head(folder, target)
+    return loaded._replace(head=head_for_decoding(loaded.head, target))
 
 
 def shipped_head(model: str) -> pathlib.Path | None:

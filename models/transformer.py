@@ -344,9 +344,9 @@ def with_separate_layers(transformer: Transformer) -> Transformer:
   """Returns the transformer with the large matrices of each layer as arrays of their own.
 
   For decoding on CPU. There XLA copies a layer's part of a stacked array before it multiplies with
-  it: a quarter of the time of a step on one token. Layers still run in one scan, which picks the
-  matrix by a switch. Not for training, where the switch would make a gradient of every layer at
-  each layer.
+  it: a quarter of the time of a step on one token. Layers still run in one scan, which hands all of
+  them and the layer's number to `skinny_matmul`. Not for training, which would make a gradient of
+  every layer at each layer.
   """
   graph, state = nnx.split(transformer)
   flat = dict(nnx.to_flat_state(state))

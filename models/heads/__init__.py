@@ -18,6 +18,7 @@ from models.heads.eagle3 import Eagle3
 from models.heads.eagle3 import eagle3_expander
 from models.heads.hydra import Hydra
 from models.heads.hydra import hydra_expander
+from models.heads.hydra import with_own_projections
 from models.heads.kangaroo import Kangaroo
 from models.heads.kangaroo import kangaroo_expander
 from models.heads.medusa import Medusa
@@ -35,6 +36,8 @@ class HeadKind(NamedTuple):
   """(head) -> the target's residual streams that it reads: `as_model(target, taps=...)`."""
   width: Callable[[Any], int]
   """(head) -> of the hidden state that a length control sees of each draft."""
+  for_decoding: Callable[[Any, Transformer], Any] = lambda head, target: head
+  """(head, target) -> the head laid out as it decodes fastest."""
 
 
 def _no_taps(head) -> tuple[int, ...]:
@@ -44,7 +47,13 @@ def _no_taps(head) -> tuple[int, ...]:
 
 HEADS: Mapping[str, HeadKind] = {
   'medusa': HeadKind(Medusa, medusa_expander, _no_taps, lambda head: head.config.hidden_size),
-  'hydra': HeadKind(Hydra, hydra_expander, _no_taps, lambda head: head.config.hidden_size),
+  'hydra': HeadKind(
+    Hydra,
+    hydra_expander,
+    _no_taps,
+    lambda head: head.config.hidden_size,
+    for_decoding=with_own_projections,
+  ),
   'eagle': HeadKind(Eagle, eagle_expander, _no_taps, lambda head: head.layer_config.hidden_size),
   'eagle3': HeadKind(
     Eagle3,
@@ -82,6 +91,11 @@ def kind_of(head: Any) -> HeadKind:
 def head_expander(head: Any, target: Transformer) -> Expander:
   """Returns how any head drafts; its parameters are `Params.drafter`."""
   return kind_of(head).expander(head, target)
+
+
+def head_for_decoding(head: Any, target: Transformer) -> Any:
+  """Returns any head laid out as it decodes fastest; it drafts the same."""
+  return kind_of(head).for_decoding(head, target)
 
 
 def head_taps(head: Any) -> tuple[int, ...]:

@@ -160,6 +160,24 @@ class Hydra(nnx.Module):
     return self.heads[depth - 1].project(target, vector, self.vocabulary)
 
 
+def with_own_projections(hydra: Hydra, target: Transformer) -> Hydra:
+  """Returns the heads with the target's projection to the draft vocabulary as their own.
+
+  For decoding: heads that share the target's would gather its columns every round. They draft as
+  before; what has own projections, or drafts all tokens, is returned as it is.
+  """
+  config = hydra.config
+  if not config.share_head or hydra.vocabulary is None:
+    return hydra
+  kernel = hydra.vocabulary.restrict(unembedding(target))
+  own = nnx.merge(*nnx.split(hydra))
+  own.config = dataclasses.replace(config, share_head=False)
+  for head in own.heads:
+    head.head = nnx.data(nnx.Param(kernel))
+    head.head_bias = nnx.data(nnx.Param(jnp.zeros(kernel.shape[1:], kernel.dtype)))
+  return own
+
+
 def hydra_expander(hydra: Hydra, target: Transformer) -> Expander:
   """Returns how Hydra heads draft; parameters: `Params.drafter` is `nnx.state(hydra)`.
 

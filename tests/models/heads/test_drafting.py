@@ -19,6 +19,7 @@ from decodax.decode import prefill
 from decodax.types import Candidates
 from models.heads import HEADS
 from models.heads import head_expander
+from models.heads import head_for_decoding
 from models.heads import kind_of
 from models.heads.recurrent import unroll
 from tests.decodax import zoo as loop_zoo
@@ -280,6 +281,24 @@ def test_a_copy_of_the_target_is_always_right():
   request = loop_zoo.make_request(loop_zoo.GREEDY, eos_ids=[()] * loop_zoo.BATCH, max_new_tokens=20)
   result = jax.device_get(_decode(setup, drafter, verifiers.coupled)(setup.params, request))
   np.testing.assert_array_equal(result.stats.num_target_calls, 4)
+
+
+def test_a_shared_projection_can_be_made_ones_own():
+  target, few = zoo.target(), zoo.make_vocabulary(zoo.COUNTS, 16)
+  config = zoo.HydraConfig(
+    hidden_size=zoo.WIDTH, vocab_size=zoo.VOCAB_SIZE, num_heads=2, share_head=True,
+    draft_vocab_size=16,
+  )  # fmt: skip
+  shared = zoo.shake(zoo.Hydra(config, target, rngs=nnx.Rngs(0), vocabulary=few))
+  own = head_for_decoding(shared, target)
+  assert own.config.share_head is False and shared.config.share_head is True
+  vectors = jax.random.normal(jax.random.key(1), (2, 3, zoo.WIDTH))
+  for depth in (1, 2):
+    np.testing.assert_allclose(
+      own.project(target, vectors, depth), shared.project(target, vectors, depth), atol=1e-5
+    )
+  assert head_for_decoding(own, target) is own
+  assert head_for_decoding(zoo.heads()['eagle'], target) is zoo.heads()['eagle']
 
 
 # --- Misuse --------------------------------------------------------------------------------------
