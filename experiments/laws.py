@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decodax.static_trees import StaticTree
 from models.weights import LoadedModel
 
 _PAD = 128  # texts are padded to multiples of it, so that few shapes are compiled
@@ -51,6 +52,52 @@ def read_logits(loaded, texts, sites, exit_layer) -> tuple[Array, Array]:
   if not np.isfinite(late).all() or not np.isfinite(early).all():
     raise ValueError(f'{loaded.name} gives logits that are not finite')
   return late, early
+
+
+def count_hits(
+  tree: StaticTree,
+  target: LoadedModel,
+  texts: Sequence[Sequence[int]],
+  *,
+  draft: LoadedModel | None = None,
+  exit_layer: int,
+  num_texts: int = 12,
+) -> Array:
+  """Returns i64[N], how often each node of a tree would be on the accepted path at temperature 0.
+
+  A round starts at every place of the texts. A node deeper than the first counts only where the
+  text itself goes on with the target's likeliest token, so that the drafter has read what it
+  would have drafted.
+
+  Args:
+    tree: whose nodes are ranks of candidates.
+    target: the target.
+    texts: where both are read, the first `num_texts` of them.
+    draft: the draft model; None is the target's first layers.
+    exit_layer: how many of them.
+    num_texts: texts at most.
+  """
+  nodes = {path: node for node, path in enumerate(tree.paths)}
+  hits = np.zeros(tree.num_nodes, np.int64)
+  for text in texts[:num_texts]:
+    sites = [(0, t) for t in range(len(text))]
+    late, early = read_logits(target, [text], sites, exit_layer)
+    if draft is not None:
+      early, _ = read_logits(draft, [text], sites, draft.transformer.config.num_layers)
+    best = late.argmax(-1)
+    ranks = (early > np.take_along_axis(early, best[:, None], 1)).sum(-1)
+    follows = best[:-1] == np.asarray(text)[1:]
+    for start in range(len(text)):
+      path: tuple[int, ...] = ()
+      hits[0] += 1
+      for t in range(start, len(text)):
+        path = (*path, int(ranks[t]))
+        if path not in nodes:
+          break
+        hits[nodes[path]] += 1
+        if t == len(follows) or not follows[t]:
+          break
+  return hits
 
 
 def softmax(logits: Array, temperature: float) -> Array:

@@ -19,6 +19,7 @@ from decodax import static_trees
 from decodax import verifiers
 from decodax.controllers import Controller
 from decodax.drafters.expander import Expander
+from decodax.static_trees import StaticTree
 from decodax.types import Candidates
 from decodax.types import DecodeState
 from decodax.types import Drafter
@@ -27,6 +28,7 @@ from decodax.types import Params
 from decodax.types import Request
 from decodax.types import Verifier
 from experiments.laws import acceptance_by_rank
+from experiments.laws import count_hits
 from models.adapter import as_model
 from models.heads import head_expander
 from models.heads import head_taps
@@ -225,13 +227,38 @@ def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
   return _tree(make)
 
 
-def _sequoia_tree(setup: Setup) -> Decoder:
-  if setup.sample_texts is None:
-    raise ValueError('sequoia-tree needs texts to measure the acceptance on: Setup.sample_texts')
-  texts, exit_layer = setup.sample_texts(), _exit_layer(setup)
-  acceptance = acceptance_by_rank(setup.target, texts, draft=setup.draft, exit_layer=exit_layer)
-  tree = static_trees.sequoia(acceptance, _TREE.num_nodes, max_depth=3)
-  return _tree(lambda expander: drafters.static_tree(expander, tree))(setup)
+def _measured_tree(measure: Callable[..., StaticTree]) -> Callable[[Setup], Decoder]:
+  """Returns how to build a tree drafter whose shape is measured on texts.
+
+  Args:
+    measure: (target, texts, draft=, exit_layer=) -> the tree.
+  """
+
+  def build(setup):
+    if setup.sample_texts is None:
+      raise ValueError('this tree needs texts to measure the acceptance on: Setup.sample_texts')
+    tree = measure(
+      setup.target, setup.sample_texts(), draft=setup.draft, exit_layer=_exit_layer(setup)
+    )
+    return _tree(lambda expander: drafters.static_tree(expander, tree))(setup)
+
+  return build
+
+
+def _sequoia(target, texts, **options) -> StaticTree:
+  acceptance = acceptance_by_rank(target, texts, **options)
+  return static_trees.sequoia(acceptance, _TREE.num_nodes, max_depth=_TREE.max_depth)
+
+
+def _falcon(target, texts, **options) -> StaticTree:
+  acceptance = np.tile(acceptance_by_rank(target, texts, **options), (_TREE.max_depth, 1))
+  return static_trees.falcon(acceptance, _TREE.num_nodes, block_size=2, max_expanded=1).tree
+
+
+def _pruned(target, texts, **options) -> StaticTree:
+  template = static_trees.kary((4,) * _TREE.max_depth)
+  hits = count_hits(template, target, texts, **options)
+  return static_trees.prune(template, hits, _TREE.num_nodes)
 
 
 def _tree(make: Callable[[Expander], Drafter]) -> Callable[[Setup], Decoder]:
@@ -334,7 +361,15 @@ _ENTRIES = (
   ),
   _Entry(
     'sequoia-tree', 'the best fixed tree for the acceptance measured on our prompts',
-    _sequoia_tree, Candidates.DETERMINISTIC, by_default=False,
+    _measured_tree(_sequoia), Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'falcon-tree', 'the best fixed tree of which one node goes on after two levels',
+    _measured_tree(_falcon), Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'pruned-tree', 'the nodes of a wide tree that our prompts would use most',
+    _measured_tree(_pruned), Candidates.DETERMINISTIC, by_default=False,
   ),
   _Entry(
     'sampled-tree', 'a fixed tree drawn without replacement (RSD-C)',

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import decodax
+from decodax import static_trees
+from experiments import laws
 from experiments.methods import METHODS
 from experiments.methods import Setup
 from experiments.methods import default_methods
@@ -90,3 +92,34 @@ def test_the_sequoia_tree_follows_what_was_measured(setup):
   )
   with pytest.raises(ValueError, match='sample_texts'):
     METHODS['sequoia-tree'].build(setup._replace(sample_texts=None))
+
+
+def test_hits_are_those_of_walking_the_text(setup):
+  """Where the last layers draft, the first candidate is right, and a path is as deep as the text
+  goes on with what is likeliest."""
+  target, tree = setup.target, static_trees.kary((2, 2, 2))
+  last = target.transformer.config.num_layers
+  text = [5, 9, 11]
+  for _ in range(4):  # the target's own continuation, so that the end of the text is followed
+    late, _ = laws.read_logits(target, [text], [(0, len(text) - 1)], last)
+    text.append(int(late[0].argmax()))
+  sites = [(0, t) for t in range(len(text))]
+  best = laws.read_logits(target, [text], sites, last)[0].argmax(-1)
+  hits = laws.count_hits(tree, target, [text], exit_layer=last)
+  wanted = np.zeros(tree.num_nodes, int)
+  for start in range(len(text)):
+    depth = 1
+    while (
+      depth < 3 and start + depth < len(text) and best[start + depth - 1] == text[start + depth]
+    ):
+      depth += 1
+    for d in range(depth + 1):
+      wanted[tree.paths.index((0,) * d)] += 1
+  np.testing.assert_array_equal(hits, wanted)
+  assert hits[tree.paths.index((0, 0, 0))] >= 2
+
+
+@pytest.mark.parametrize('name', ['falcon-tree', 'pruned-tree'])
+def test_measured_trees_have_the_nodes_of_the_others(setup, name):
+  shape = METHODS[name].build(setup).drafter.shape
+  assert shape.num_nodes == METHODS['static-tree'].build(setup).drafter.shape.num_nodes
