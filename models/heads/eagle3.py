@@ -64,8 +64,7 @@ class Eagle3(nnx.Module):
 
   Args:
     config: shape and options.
-    target: where the widths agree, its final norm and head are where training starts, on the
-      deepest tap as it is.
+    target: whose head the projection starts from, where the widths agree.
     rngs: where initial parameters come from.
     vocabulary: draft vocabulary, or None.
 
@@ -103,8 +102,6 @@ class Eagle3(nnx.Module):
       start = unembedding(target)
       start = start if vocabulary is None else vocabulary.restrict(start)
       self.head = nnx.Param(jnp.array(start, dtype))
-      self.final_norm.scale[...] = jnp.array(target.final_norm.scale[...])
-      self.fuse[...] = self.fuse[...].at[-size:].set(jnp.eye(size, dtype=dtype))
     else:
       self.head = normal(size, layer.vocab_size if vocabulary is None else vocabulary.size)
 

@@ -89,20 +89,11 @@ class HydraHead(nnx.Module):
 
 
 class PrefixLayer(nnx.Module):
-  """A decoder layer over the target's hidden states, and a norm: the ++ of Hydra++.
+  """A decoder layer over the target's hidden states, and a norm: the ++ of Hydra++."""
 
-  The norm starts at the size that the target's final norm gives its hidden states, so that they
-  pass through almost as they are.
-  """
-
-  def __init__(self, config: TransformerConfig, target: Transformer, *, rngs: nnx.Rngs):
-    dtype = target.embedding[...].dtype
-    self.layer = Layer(config, rngs=rngs, param_dtype=dtype)
-    self.norm = RMSNorm(config.hidden_size, config, param_dtype=dtype)
-    plus_one = float(self.norm.plus_one)
-    given = target.final_norm.scale[...].astype(jnp.float32) + plus_one
-    size = jnp.sqrt(jnp.mean(jnp.square(given))) - plus_one
-    self.norm.scale[...] = jnp.full_like(self.norm.scale[...], size)
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype):
+    self.layer = Layer(config, rngs=rngs, param_dtype=param_dtype)
+    self.norm = RMSNorm(config.hidden_size, config, param_dtype=param_dtype)
 
   def __call__(self, hidden: jax.Array, site: AttentionSite) -> tuple[jax.Array, tuple]:
     """Returns (f[B, T, D], the layer's keys and values) for hidden f[B, T, D]."""
@@ -138,8 +129,9 @@ class Hydra(nnx.Module):
         for depth in range(1, config.num_heads + 1)
       ]
     )
+    dtype = target.embedding[...].dtype
     prefix = config.prefix
-    self.prefix = None if prefix is None else PrefixLayer(prefix, target, rngs=rngs)
+    self.prefix = None if prefix is None else PrefixLayer(prefix, rngs=rngs, param_dtype=dtype)
 
   def vector(
     self, feature: jax.Array, embedded: jax.Array, depth: int, dropout: Dropout = lambda x: x

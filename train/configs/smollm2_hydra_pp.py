@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
     objective='hydra',
     # Two heads, a draft vocabulary and the target's own projection: 15 MB in bfloat16.
     options={
-      'num_heads': 2, 'num_layers': 2, 'prefix': True, 'share_head': True, 'dropout': 0.1,
+      'num_heads': 2, 'num_layers': 2, 'prefix': True, 'share_head': True,
       'draft_vocab_size': 4096, 'divergence': 'forward_kl', 'decay': 0.8,
     },
     target='smollm2-135m-instruct',
