@@ -30,13 +30,13 @@ test: $(VENV)/.installed-dev  ## the test suite: no weights to download, nothing
 	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m 'slow and not interop' $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q -m 'slow and not interop' $(ARGS)
 
 test-real: $(VENV)/.installed-dev  ## the tests on real weights, fetched once
-	$(BIN)/python -m pytest -q -m 'real and not slow and not interop' $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q -m 'real and not slow and not interop' $(ARGS)
 
 interop: $(VENV)/.installed-interop  ## compare with PyTorch and transformers
-	$(BIN)/python -m pytest -q -m interop $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -q -m interop $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style and types, changing nothing
 	$(BIN)/ruff check .
