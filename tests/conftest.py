@@ -15,8 +15,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 # Most of the time would go into compiling small programs well. They are compiled quickly instead;
-# with XLA_FLAGS set, be it to nothing, as users compile them. XLA ends the process at a flag that it
-# does not know, so the second one, a matter of XLA's inside, is for the versions that have it.
+# with XLA_FLAGS set, be it to nothing, as users compile them. XLA ends the process at a flag that
+# it does not know, so the second one, a matter of XLA's inside, is for versions that have it.
 _QUICKLY = ['--xla_backend_optimization_level=0']
 if metadata.version('jaxlib').startswith('0.10.'):
   _QUICKLY.append('--xla_cpu_use_fusion_emitters=false')

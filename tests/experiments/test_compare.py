@@ -293,3 +293,6 @@ def test_the_default_model(tmp_path, more):
   for method in methods.values():
     assert method['num_tokens'] == 16
     assert method['identical_to_plain'] == method['compared_to_plain'] == 2
+  if not more:  # chats, which the head that comes along was trained on the like of
+    assert results['head']['target'] == 'smollm2-135m-instruct'
+    assert methods['trained-head']['tokens_per_call'] > 1.2

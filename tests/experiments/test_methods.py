@@ -1,11 +1,14 @@
 """The list of methods: what it promises without weights is true with them."""
 
+import json
+
 from flax import nnx
 import numpy as np
 import pytest
 
 import decodax
 from decodax import static_trees
+from experiments import cli
 from experiments import laws
 from experiments.methods import METHODS
 from experiments.methods import Setup
@@ -123,3 +126,14 @@ def test_hits_are_those_of_walking_the_text(setup):
 def test_measured_trees_have_the_nodes_of_the_others(setup, name):
   shape = METHODS[name].build(setup).drafter.shape
   assert shape.num_nodes == METHODS['static-tree'].build(setup).drafter.shape.num_nodes
+
+
+def test_heads_that_come_along_are_small_and_say_what_they_are():
+  folders = list(cli.HEADS_DIRECTORY.iterdir())
+  assert folders
+  for folder in folders:
+    assert (folder / 'model.safetensors').stat().st_size <= 16e6
+    facts = json.loads((folder / 'config.json').read_text())
+    assert facts['target'] == folder.name and cli.shipped_head(folder.name) == folder
+    assert cli.shipped_head(folder.name.upper()) == folder
+  assert cli.shipped_head('some/folder') is None
