@@ -188,7 +188,13 @@ def test_tapes_from_disk_give_the_same_run(config, target_folder, tmp_path, monk
   cached_config = dataclasses.replace(few, tape_cache=str(tmp_path / 'tapes'))
   cached = _train(cached_config, tmp_path / 'cached')
   assert cached.tapes is not None and cached.tapes._known.all()
-  _assert_same(_state_at(cached, 6).params, _state_at(plain, 6).params)
+  # Two programs: as users compile them they round alike, compiled quickly but for the last bit.
+  quickly = bool(os.environ['XLA_FLAGS'])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if quickly else 0),
+    _state_at(cached, 6).params,
+    _state_at(plain, 6).params,
+  )
   monkeypatch.setattr(cached.tapes, '_tape', None)  # nothing is made a second time
   assert _train(cached_config, tmp_path / 'third').corpus.facts == cached.corpus.facts
 
