@@ -258,7 +258,7 @@ def load_setup(args: argparse.Namespace, progress: Callable[[str], None]) -> Set
   draft = None if args.draft is None else _load(args.draft, progress)
   shipped = shipped_head(args.model)
   head = None if args.head is None else _load_head(args.head, target.transformer)
-  own = None if shipped is None else _load_head(shipped, target.transformer)
+  own = shipped and functools.cache(functools.partial(_load_head, shipped, target.transformer))
   texts = functools.partial(_sample_texts, target)
   return Setup(target, draft, args.num_drafts, args.exit_layer, head, own, texts)
 

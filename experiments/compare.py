@@ -129,6 +129,11 @@ def _list_methods():
 # --- Measuring ---------------------------------------------------------------------------------
 
 
+def _head_of(setup, names):
+  """Returns the head that drafts for one of the methods, or None."""
+  return setup.chain_head() if any(METHODS[name].needs_head for name in names) else setup.head
+
+
 def _prepare(args, names, prompts, display):
   """Returns the comparison, with models loaded and prompts encoded."""
   start = time.perf_counter()
@@ -137,7 +142,7 @@ def _prepare(args, names, prompts, display):
   display.done('model', f'{_describe(setup.target)}, {time.perf_counter() - start:.1f} s')
   if setup.draft is not None:
     display.done('draft', _describe(setup.draft))
-  head = setup.chain_head()
+  head = _head_of(setup, names)
   if head is not None:
     display.done('head', f'{head.name} from {args.head or cli.shipped_head(args.model)}')
   config, tokenizer = setup.target.transformer.config, setup.target.tokenizer
@@ -217,7 +222,7 @@ class _Comparison:
 
   def results(self, argv, *, partial: bool) -> dict[str, Any]:
     """Returns what results.json holds."""
-    head = self.setup.chain_head()
+    head = _head_of(self.setup, self.names)
     return {
       'schema': SCHEMA,
       'partial': partial,

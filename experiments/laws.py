@@ -54,6 +54,14 @@ def read_logits(loaded, texts, sites, exit_layer) -> tuple[Array, Array]:
   return late, early
 
 
+def _read_both(target, draft, texts, sites, exit_layer) -> tuple[Array, Array]:
+  """Returns the logits f32[M, V] of the target, and of the draft model or the target's exit."""
+  late, early = read_logits(target, texts, sites, exit_layer)
+  if draft is not None:
+    early, _ = read_logits(draft, texts, sites, draft.transformer.config.num_layers)
+  return late, early
+
+
 def count_hits(
   tree: StaticTree,
   target: LoadedModel,
@@ -79,13 +87,14 @@ def count_hits(
   """
   nodes = {path: node for node, path in enumerate(tree.paths)}
   hits = np.zeros(tree.num_nodes, np.int64)
-  for text in texts[:num_texts]:
-    sites = [(0, t) for t in range(len(text))]
-    late, early = read_logits(target, [text], sites, exit_layer)
-    if draft is not None:
-      early, _ = read_logits(draft, [text], sites, draft.transformer.config.num_layers)
-    best = late.argmax(-1)
-    ranks = (early > np.take_along_axis(early, best[:, None], 1)).sum(-1)
+  texts = texts[:num_texts]
+  sites = [(i, t) for i, text in enumerate(texts) for t in range(len(text))]
+  late, early = _read_both(target, draft, texts, sites, exit_layer)
+  best_of_all = late.argmax(-1)
+  ranks_of_all = (early > np.take_along_axis(early, best_of_all[:, None], 1)).sum(-1)
+  ends = np.cumsum([len(text) for text in texts])[:-1]
+  parts = (np.split(array, ends) for array in (best_of_all, ranks_of_all))
+  for text, best, ranks in zip(texts, *parts, strict=True):
     follows = best[:-1] == np.asarray(text)[1:]
     for start in range(len(text)):
       path: tuple[int, ...] = ()
@@ -129,8 +138,6 @@ def acceptance_by_rank(
     num_sites: places at most, drawn from all.
   """
   sites = choose_sites(texts, num_sites, np.random.default_rng(0))
-  late, early = read_logits(target, texts, sites, exit_layer)
-  if draft is not None:
-    early, _ = read_logits(draft, texts, sites, draft.transformer.config.num_layers)
+  late, early = _read_both(target, draft, texts, sites, exit_layer)
   ranked = np.argsort(-early, axis=-1, kind='stable')[:, :num_ranks]
   return np.mean(ranked == late.argmax(-1)[:, None], axis=0)

@@ -47,12 +47,14 @@ class Setup(NamedTuple):
   num_drafts: int | None = None  # tokens drafted a round; None: the method's own choice
   exit_layer: int | None = None  # for early exit; None: three quarters of the layers
   head: LoadedHead | None = None  # trained for the target, and named
-  shipped_head: LoadedHead | None = None  # the one that comes along, for `trained-head` alone
+  shipped_head: Callable[[], LoadedHead] | None = None  # reads the one that comes along
   sample_texts: Callable[[], Sequence[Sequence[int]]] | None = None  # to measure acceptance on
 
   def chain_head(self) -> LoadedHead | None:
     """Returns the head of `trained-head`: the named one, else the one that comes along."""
-    return self.head or self.shipped_head
+    if self.head is not None or self.shipped_head is None:
+      return self.head
+    return self.shipped_head()
 
 
 class Decoder(NamedTuple):

@@ -29,6 +29,7 @@ from models.transformer import for_decoding
 from models.weights import LoadedModel
 from models.weights import Progress
 from models.weights import sha256_of
+from pallas_kernels.cache import cache_directory as cache_directory
 from pallas_kernels.skinny_matmul import cpu as cpu_kernel
 
 DEFAULT_MODEL = 'smollm2-135m-instruct'
@@ -155,12 +156,6 @@ def obtain(
     f'could not obtain {name}. Tried the cache ({cache / name}: no whole entry); '
     f'{"; ".join(failures)}. Mend the network and try again, or give a directory or a .gguf file.'
   )
-
-
-def cache_directory() -> pathlib.Path:
-  """Returns where known models are kept: `DECODAX_CACHE`, or `~/.cache/decodax`."""
-  default = pathlib.Path.home() / '.cache' / 'decodax'
-  return pathlib.Path(os.environ.get('DECODAX_CACHE') or default).expanduser()
 
 
 # --- Loading -----------------------------------------------------------------------------------

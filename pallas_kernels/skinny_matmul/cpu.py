@@ -20,9 +20,10 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cache import cache_directory
 from pallas_kernels.skinny_matmul.reference import skinny_matmul_reference
 
-MAX_ROWS = 12  # as in the source
+MAX_ROWS = 12  # with more XLA is faster
 _SOURCE = pathlib.Path(__file__).with_name('skinny_matmul.cc')
 _SYMBOL = 'decodax_skinny_matmul'
 _FLAGS = ('-O3', '-march=native', '-std=c++17', '-shared', '-fPIC', '-w')
@@ -69,7 +70,7 @@ def prepare() -> str | None:
 
 
 def _library():
-  path = _cache_folder() / f'skinny_matmul-{_fingerprint()}.so'
+  path = cache_directory() / 'kernels' / f'skinny_matmul-{_fingerprint()}.so'
   if path.exists():
     with contextlib.suppress(OSError):  # damaged: made anew
       return ctypes.CDLL(str(path))
@@ -88,11 +89,6 @@ def _compile(path):
     command = [compiler, *_FLAGS, '-I', jax.ffi.include_dir(), str(_SOURCE), '-o', str(made)]
     subprocess.run(command, check=True, capture_output=True, timeout=_LONGEST)
     os.replace(made, path)
-
-
-def _cache_folder():
-  default = pathlib.Path.home() / '.cache' / 'decodax'
-  return pathlib.Path(os.environ.get('DECODAX_CACHE') or default).expanduser() / 'kernels'
 
 
 def _fingerprint():

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
-#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -17,11 +16,10 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kMaxRows = 12;  // of x
-constexpr int64_t kGroup = 8;     // rows of x that are taken together
-constexpr int64_t kDepth = 8;     // rows of W in registers
-constexpr int64_t kLanes = 16;    // of a vector
-constexpr int64_t kSums = 8192;   // of a panel
+constexpr int64_t kGroup = 8;    // rows of x that are taken together
+constexpr int64_t kDepth = 8;    // rows of W in registers
+constexpr int64_t kLanes = 16;   // of a vector
+constexpr int64_t kSums = 8192;  // of a panel
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -114,7 +112,6 @@ ffi::Error SkinnyMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
   const int64_t which = std::clamp<int64_t>(layer.typed_data()[0], 0, last);
   auto w = matrices.get<ffi::Buffer<ffi::F32>>(which);
   if (w.has_error()) return w.error();
-  if (rows < 1 || rows > kMaxRows) return ffi::Error::InvalidArgument("too many rows");
   auto work = std::make_shared<Work>();
   const int64_t k = w->dimensions()[0], n = w->dimensions()[1];
   work->problem = {x.typed_data(), w->typed_data(), y->typed_data(), rows, k, n};

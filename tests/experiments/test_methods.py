@@ -53,7 +53,7 @@ def test_the_number_of_drafts_can_be_chosen(with_head, name):
 
 
 def test_a_head_that_comes_along_drafts_chains_only(setup, with_head):
-  shipped = setup._replace(draft=None, shipped_head=with_head.head)
+  shipped = setup._replace(draft=None, shipped_head=lambda: with_head.head)
   assert METHODS['trained-head'].build(shipped).params.drafter != ()
   assert METHODS['static-tree'].build(shipped).params.drafter == ()  # early exit, as without
 
