@@ -7,6 +7,7 @@ Axes: `B` batch, `W` nodes, `K` children of a node, `N` proposal nodes, `M` slot
 """
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 
 from decodax import sampling as sampling_lib
 from decodax.decode import round_keys
+from decodax.drafters import draws
+from decodax.noise import RoundKeys
 from decodax.types import DecodeState
 from decodax.types import Result
 
@@ -56,8 +59,9 @@ def without_replacement(
 ) -> Children:
   """Returns K draws without replacement from the law of each node, in the order of the draws.
 
-  The K largest sums of log-probability and Gumbel noise are exactly that, in that order. Draws
-  beyond the law's support have the score -inf.
+  The K largest sums of log-probability and Gumbel noise are exactly that, in that order; if the
+  rule lets drafts be drawn with fresh numbers, they are drawn with fewer (`draws`). Draws beyond
+  the law's support have the score -inf.
 
   Args:
     state: for keys and sampling values.
@@ -77,7 +81,8 @@ def without_replacement(
     values = jnp.take_along_axis(law, tokens, axis=-1)
     return tokens.astype(jnp.int32), *_normalize((scores, values), law)
 
-  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws)
+  draw = draws.without_replacement
+  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, (draw, num_children))
 
 
 def independent(
@@ -112,7 +117,8 @@ def independent(
     log_q = _normalize(jnp.take_along_axis(law, tokens, axis=-1), law)
     return tokens.astype(jnp.int32), log_q, log_q
 
-  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws)
+  draw = draws.independent
+  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, (draw, num_children))
 
 
 def top_and_one(
@@ -195,19 +201,35 @@ def penalize_paths(
 _NEXT_DRAW = 1 << 16  # between the node numbers of one node's independent draws
 
 
-def _draw(state, logits, depth, nodes, choose, noise_fn, with_laws):
-  """Returns what `choose(law, noise)` picks; the noise is None if no live row is sampled."""
+def _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, few=None):
+  """Returns what `choose(law, noise)` picks; the noise is None if no live row is sampled.
+
+  Args:
+    few: (a function of `draws`, number of children) that draws as `choose` does, for rules that
+      do not say which noise to draw with.
+  """
+  keys, live = round_keys(state), state.result == Result.RUNNING
   greedy = _greedy(state)
 
   def sample():
     law = jnp.where(greedy, logits, sampling_lib.warp(logits, state.sampling))
-    noise = _noise(round_keys(state), logits.shape[-1], depth, nodes, noise_fn)
-    return *choose(law, jnp.where(greedy, 0, noise)), law if with_laws else None
+    if few is None or noise_fn is not RoundKeys.draft_gumbel:
+      noise = _noise(keys, logits.shape[-1], depth, nodes, noise_fn)
+      picked = choose(law, jnp.where(greedy, 0, noise))
+    else:
+      draw, num_children = few
+      numbers = _noise(
+        keys, draws.num_uniforms(num_children), depth, nodes, RoundKeys.draft_uniform
+      )
+      drawn = tuple(draw(law, numbers))
+      any_greedy = jnp.any(greedy[:, 0, 0] & live)
+      best = lax.cond(any_greedy, lambda: choose(logits, None), lambda: drawn)
+      picked = jax.tree.map(functools.partial(jnp.where, greedy), best, drawn)
+    return *picked, law if with_laws else None
 
   def take_best():
     return *choose(logits, None), logits if with_laws else None
 
-  live = state.result == Result.RUNNING
   return Children(*lax.cond(sampling_lib.any_sampled(state.sampling, live), sample, take_best))
 
 
@@ -215,9 +237,9 @@ def _greedy(state):
   return (state.sampling.temperature == 0)[:, None, None]
 
 
-def _noise(keys, vocab_size, depth, nodes, noise_fn):
-  """Returns f32[B, W, V]."""
-  return jax.vmap(lambda node: noise_fn(keys, vocab_size, depth, node), out_axes=1)(nodes)
+def _noise(keys, size, depth, nodes, noise_fn):
+  """Returns f32[B, W, size]."""
+  return jax.vmap(lambda node: noise_fn(keys, size, depth, node), out_axes=1)(nodes)
 
 
 def _normalize(values, law):
