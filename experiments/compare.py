@@ -131,7 +131,7 @@ def _list_methods():
 
 def _head_of(setup, names):
   """Returns the head that drafts for one of the methods, or None."""
-  return setup.chain_head() if any(METHODS[name].needs_head for name in names) else setup.head
+  return setup.own_head() if any(METHODS[name].needs_head for name in names) else setup.head
 
 
 def _prepare(args, names, prompts, display):

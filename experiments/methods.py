@@ -50,8 +50,8 @@ class Setup(NamedTuple):
   shipped_head: Callable[[], LoadedHead] | None = None  # reads the one that comes along
   sample_texts: Callable[[], Sequence[Sequence[int]]] | None = None  # to measure acceptance on
 
-  def chain_head(self) -> LoadedHead | None:
-    """Returns the head of `trained-head`: the named one, else the one that comes along."""
+  def own_head(self) -> LoadedHead | None:
+    """Returns the head of methods that need one: the named one, else the one that comes along."""
     if self.head is not None or self.shipped_head is None:
       return self.head
     return self.shipped_head()
@@ -140,13 +140,33 @@ def _draft_model(setup: Setup) -> Decoder:
 
 
 def _trained_head(setup: Setup) -> Decoder:
-  loaded = setup.chain_head()
+  """Returns a decoder of chains."""
+
+  def make(expander):
+    num_drafts = setup.num_drafts or min(4, expander.max_depth or 4)
+    return drafters.chain_drafter(expander, num_drafts=num_drafts)
+
+  return _around_head(setup, make)
+
+
+def _trained_head_tree(setup: Setup) -> Decoder:
+  """Returns a decoder of trees: small ones for heads of a few depths."""
+
+  def make(expander):
+    depth = expander.max_depth
+    few = [path for path in _HEAD_PATHS if len(path) <= (depth or 0)]
+    tree = static_trees.from_paths(few) if few else _TREE
+    return drafters.static_tree(expander, tree)
+
+  return _around_head(setup, make)
+
+
+def _around_head(setup, make):
+  loaded = setup.own_head()
   if loaded is None:
-    raise ValueError('trained-head needs a head trained for the target: give --head')
+    raise ValueError('this method needs a head trained for the target: give --head')
   expander = head_expander(loaded.head, setup.target.transformer)
-  num_drafts = setup.num_drafts or min(4, expander.max_depth or 4)
-  drafter = drafters.chain_drafter(expander, num_drafts=num_drafts)
-  return _with_head(setup.target, loaded.head, drafter)
+  return _with_head(setup.target, loaded.head, make(expander))
 
 
 def _with_head(target, head, drafter):
@@ -220,6 +240,8 @@ _MAX_DRAFTS = 4  # of a controlled early exit
 # Eight nodes with the root: three candidates at first, fewer the deeper. On a CPU a call of eight
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
 _TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+# Heads of a few depths draft at next to no cost: what counts is the width of the call.
+_HEAD_PATHS = ((0,), (1,), (0, 0), (1, 0))
 
 
 def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
@@ -352,8 +374,14 @@ _ENTRIES = (
     Candidates.SAMPLED, _CHAIN_RULES, needs_draft=True,
   ),
   _Entry(
-    'trained-head', 'a head trained for the target drafts', _trained_head,
-    Candidates.SAMPLED, _CHAIN_RULES, needs_head=True,
+    'trained-head', 'a head trained for the target drafts a chain', _trained_head,
+    Candidates.SAMPLED, _CHAIN_RULES, needs_head=True, by_default=False,
+  ),
+  _Entry(
+    'trained-head-tree', 'a head trained for the target drafts a small tree', _trained_head_tree,
+    Candidates.DETERMINISTIC,
+    (verifiers.coupled, verifiers.typical(), verifiers.threshold(threshold_single=0.5)),
+    needs_head=True,
   ),
   _Entry(
     'static-tree', 'a fixed tree of the likeliest tokens',

@@ -295,4 +295,4 @@ def test_the_default_model(tmp_path, more):
     assert method['identical_to_plain'] == method['compared_to_plain'] == 2
   if not more:  # chats, which the head that comes along was trained on the like of
     assert results['head']['target'] == 'smollm2-135m-instruct'
-    assert methods['trained-head']['tokens_per_call'] > 1.2
+    assert methods['trained-head-tree']['tokens_per_call'] > 1.2

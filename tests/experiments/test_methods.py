@@ -29,10 +29,10 @@ def with_head(setup):
   return setup._replace(head=_untrained_head(setup.target.transformer))
 
 
-def _untrained_head(target):
-  objective = get_objective('eagle3', {'taps': (1, 2, 3)})
+def _untrained_head(target, name='eagle3', **options):
+  objective = get_objective(name, options or {'taps': (1, 2, 3)})
   counts = np.zeros(target.config.vocab_size, np.int64)
-  return LoadedHead(objective.init(nnx.Rngs(0), target, counts), objective, 'eagle3', {})
+  return LoadedHead(objective.init(nnx.Rngs(0), target, counts), objective, name, {})
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -52,10 +52,18 @@ def test_the_number_of_drafts_can_be_chosen(with_head, name):
   assert decoder.drafter.shape.max_depth == 7
 
 
-def test_a_head_that_comes_along_drafts_chains_only(setup, with_head):
+def test_a_head_that_comes_along_drafts_for_methods_that_need_one_only(setup, with_head):
   shipped = setup._replace(draft=None, shipped_head=lambda: with_head.head)
-  assert METHODS['trained-head'].build(shipped).params.drafter != ()
+  for name in ('trained-head', 'trained-head-tree'):
+    assert METHODS[name].build(shipped).params.drafter != ()
   assert METHODS['static-tree'].build(shipped).params.drafter == ()  # early exit, as without
+
+
+@pytest.mark.parametrize('num_heads, num_nodes', [(1, 3), (2, 5)])
+def test_the_tree_of_a_head_is_no_deeper_than_the_head(setup, num_heads, num_nodes):
+  head = _untrained_head(setup.target.transformer, 'medusa', num_heads=num_heads)
+  shape = METHODS['trained-head-tree'].build(setup._replace(head=head)).drafter.shape
+  assert (shape.max_depth, shape.num_nodes) == (num_heads, num_nodes)
 
 
 def test_default_methods():
@@ -63,7 +71,7 @@ def test_default_methods():
   assert 'early-exit/speculative' in default_methods(1.0)
   assert not any(METHODS[name].needs_draft for name in default_methods(1.0))
   assert 'draft-model' in default_methods(0.0, has_draft=True)
-  assert 'trained-head' in default_methods(0.0, has_head=True)
+  assert 'trained-head-tree' in default_methods(0.0, has_head=True)
   assert not any(METHODS[name].needs_head for name in default_methods(1.0))
 
 
@@ -81,8 +89,9 @@ def test_a_draft_model_of_another_vocabulary_is_refused(setup):
     METHODS['draft-model'].build(setup._replace(draft=draft))
   with pytest.raises(ValueError, match='give --draft'):
     METHODS['draft-model'].build(setup._replace(draft=None))
-  with pytest.raises(ValueError, match='give --head'):
-    METHODS['trained-head'].build(setup._replace(head=None))
+  for name in ('trained-head', 'trained-head-tree'):
+    with pytest.raises(ValueError, match='give --head'):
+      METHODS[name].build(setup._replace(head=None))
 
 
 def test_the_sequoia_tree_follows_what_was_measured(setup):
