@@ -48,12 +48,9 @@ class RoundKeys(NamedTuple):
     """Returns f32[B, V], fresh noise to draw the children, at `depth`, of a node."""
     return _gumbel(self._fresh(Tag.DRAFT, depth, node), vocab_size)
 
-  def draft_uniform(self, size: int, depth=0, node=0) -> jax.Array:
-    """Returns f32[B, size] in [0, 1), fresh numbers to draw the children, at `depth`, of a node.
-
-    Depth 0 is the root, which no one draws: its numbers are for a drafter's own choices.
-    """
-    keys = self._fresh(Tag.DRAFT, depth, node)
+  def draft_uniform(self, size: int) -> jax.Array:
+    """Returns f32[B, size] in [0, 1), fresh numbers for a drafter's own choices."""
+    keys = self._fresh(Tag.DRAFT, 0, 0)  # depth 0 is the root, which no one draws
     return jax.vmap(lambda key: jax.random.uniform(key, (size,)))(keys)
 
   def accepts(self, probability: jax.Array, depth, index: jax.Array | int = 0) -> jax.Array:

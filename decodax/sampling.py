@@ -19,6 +19,8 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.verify import verify
 from pallas_kernels.verify import why_not
 
+BLOCK_SIZE = 256  # tokens that are looked at together: about the root of a vocabulary
+
 
 def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
   """Returns logits of the law to sample from, float[B, ..., V] like `logits`.
@@ -123,6 +125,36 @@ def argmax(scores: jax.Array) -> jax.Array:
     return lax.argmax(scores, scores.ndim - 1, jnp.int32)
 
   return lax.platform_dependent(scores, cpu=by_value, default=by_index)
+
+
+def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Returns (f32[..., k], i32[..., k]), the k largest of float[..., V] and their indices.
+
+  The same as `lax.top_k`, ties to the lower index: all of them lie in the k blocks of the largest
+  maxima, so the vocabulary is read once, for the maxima of blocks.
+  """
+  size = values.shape[-1]
+  if not in_few_blocks(k, size):
+    return lax.top_k(values, k)
+  blocks = in_blocks(values)
+  _, chosen = lax.top_k(blocks.max(-1), k)
+  chosen = jnp.sort(chosen, axis=-1)  # so that of equal values the lower index comes first
+  few = jnp.take_along_axis(blocks, chosen[..., None], axis=-2)
+  largest, places = lax.top_k(few.reshape(*few.shape[:-2], -1), k)
+  block = jnp.take_along_axis(chosen, places // BLOCK_SIZE, axis=-1)
+  return largest, block * BLOCK_SIZE + places % BLOCK_SIZE
+
+
+def in_few_blocks(k: int, size: int) -> bool:
+  """Returns whether k blocks are but a part of a vocabulary of this size."""
+  return 2 * k * BLOCK_SIZE <= size
+
+
+def in_blocks(values: jax.Array) -> jax.Array:
+  """Returns float[..., S, BLOCK_SIZE] of float[..., V], with -inf behind the last one."""
+  padding = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK_SIZE)]
+  padded = jnp.pad(values, padding, constant_values=-jnp.inf)
+  return padded.reshape(*values.shape[:-1], -1, BLOCK_SIZE)
 
 
 def any_sampled(sampling: Sampling, live: jax.Array) -> jax.Array:

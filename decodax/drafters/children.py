@@ -42,7 +42,7 @@ def most_probable(logits: jax.Array, num_children: int) -> Children:
     logits: f32[B, W, V], penalised, not warped.
     num_children: K.
   """
-  values, tokens = lax.top_k(logits, num_children)
+  values, tokens = sampling_lib.top_k(logits, num_children)
   log_q = _normalize(values, logits)
   return Children(tokens.astype(jnp.int32), log_q, log_q, None)
 
@@ -60,8 +60,8 @@ def without_replacement(
   """Returns K draws without replacement from the law of each node, in the order of the draws.
 
   The K largest sums of log-probability and Gumbel noise are exactly that, in that order; if the
-  rule lets drafts be drawn with fresh numbers, they are drawn with fewer (`draws`). Draws beyond
-  the law's support have the score -inf.
+  rule lets drafts be drawn with fresh numbers and the vocabulary is large, they are drawn with
+  fewer of them (`draws`). Draws beyond the law's support have the score -inf.
 
   Args:
     state: for keys and sampling values.
@@ -77,12 +77,14 @@ def without_replacement(
   """
 
   def choose(law, noise):
-    scores, tokens = lax.top_k(law if noise is None else law + noise, num_children)
+    scores, tokens = sampling_lib.top_k(law if noise is None else law + noise, num_children)
     values = jnp.take_along_axis(law, tokens, axis=-1)
     return tokens.astype(jnp.int32), *_normalize((scores, values), law)
 
-  draw = draws.without_replacement
-  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, (draw, num_children))
+  draw = None
+  if sampling_lib.in_few_blocks(num_children, logits.shape[-1]):
+    draw = functools.partial(draws.without_replacement, num_draws=num_children)
+  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, draw)
 
 
 def independent(
@@ -117,8 +119,7 @@ def independent(
     log_q = _normalize(jnp.take_along_axis(law, tokens, axis=-1), law)
     return tokens.astype(jnp.int32), log_q, log_q
 
-  draw = draws.independent
-  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, (draw, num_children))
+  return _draw(state, logits, depth, nodes, choose, noise_fn, with_laws)
 
 
 def top_and_one(
@@ -153,7 +154,7 @@ def top_and_one(
 
   def restrict(law):
     """Returns (top tokens i32[B, W, K], bool[B, W, K] which are taken as such, the rest's law)."""
-    values, top = lax.top_k(law, num_most)
+    values, top = sampling_lib.top_k(law, num_most)
     following = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], axis=-1)
     index = jnp.arange(num_most)[None, None]
     taken = (index < num_children[None, :, None] - 1) & (following > -jnp.inf)
@@ -201,27 +202,23 @@ def penalize_paths(
 _NEXT_DRAW = 1 << 16  # between the node numbers of one node's independent draws
 
 
-def _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, few=None):
+def _draw(state, logits, depth, nodes, choose, noise_fn, with_laws, draw=None):
   """Returns what `choose(law, noise)` picks; the noise is None if no live row is sampled.
 
   Args:
-    few: (a function of `draws`, number of children) that draws as `choose` does, for rules that
-      do not say which noise to draw with.
+    draw: (law, (size) -> noise) -> draws as those of `choose` from few numbers, for rules that do
+      not say which noise to draw with.
   """
   keys, live = round_keys(state), state.result == Result.RUNNING
   greedy = _greedy(state)
+  noise = functools.partial(_noise, keys, depth=depth, nodes=nodes, noise_fn=noise_fn)
 
   def sample():
     law = jnp.where(greedy, logits, sampling_lib.warp(logits, state.sampling))
-    if few is None or noise_fn is not RoundKeys.draft_gumbel:
-      noise = _noise(keys, logits.shape[-1], depth, nodes, noise_fn)
-      picked = choose(law, jnp.where(greedy, 0, noise))
+    if draw is None or noise_fn is not RoundKeys.draft_gumbel:
+      picked = choose(law, jnp.where(greedy, 0, noise(logits.shape[-1])))
     else:
-      draw, num_children = few
-      numbers = _noise(
-        keys, draws.num_uniforms(num_children), depth, nodes, RoundKeys.draft_uniform
-      )
-      drawn = tuple(draw(law, numbers))
+      drawn = tuple(draw(law, noise))
       any_greedy = jnp.any(greedy[:, 0, 0] & live)
       best = lax.cond(any_greedy, lambda: choose(logits, None), lambda: drawn)
       picked = jax.tree.map(functools.partial(jnp.where, greedy), best, drawn)

@@ -1,109 +1,87 @@
 """Draws from many laws over a large vocabulary, with few random numbers.
 
-Noise for every token of every node is what drawing a tree costs most. Here a draw takes two
-uniform numbers: one finds a block of tokens by the sums of the blocks, one a token in the block.
-The vocabulary is read once, for the sums; every further draw reads the sums and a block.
+Gumbel noise for every token of every node is what drawing a tree costs most. Here blocks of tokens
+are drawn first, by noise on the logarithms of their sums, and only the tokens of blocks that win
+get noise of their own, conditioned on what the block won with. The vocabulary is read once, for
+the sums.
 
 Axes: `B` batch, `W` nodes, `K` draws from a node, `V` vocabulary, `S` blocks of `L` tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-_BLOCK = 256  # L: about the root of the size of a vocabulary
-_SMALLEST = 2.0**-25  # below half the distance of uniform numbers: a waiting time is never 0
+from decodax import sampling
+
+Noise = Callable[[int], jax.Array]
+"""size -> independent Gumbel noise f32[B, W, size]."""
 
 
 class Draws(NamedTuple):
   """K draws from each of W laws, in order."""
 
   tokens: jax.Array  # i32[B, W, K]
-  scores: jax.Array  # f32[B, W, K] log-probability with Gumbel noise, falling along K if drawn
-  # without replacement; -inf where the support is used up
+  scores: jax.Array  # f32[B, W, K] log-probability with the noise that chose it; -inf where the
+  # support is used up
   log_q: jax.Array  # f32[B, W, K] log-probability in the law
 
 
-def num_uniforms(num_draws: int) -> int:
-  """Returns how many numbers `without_replacement` and `independent` take for a node."""
-  return 3 * num_draws
+def without_replacement(law: jax.Array, noise: Noise, num_draws: int) -> Draws:
+  """Returns draws without replacement: the K largest of log-probability plus Gumbel noise.
 
-
-def without_replacement(law: jax.Array, uniforms: jax.Array) -> Draws:
-  """Returns draws without replacement, with scores like those of the Gumbel-top-k trick.
-
-  The K largest of V sums of log-probability and Gumbel noise have the law of this: a token by its
-  probability among those that are left, and the logarithms of the arrival times of a process whose
-  rate is the mass that is left.
+  The largest sum of a block is its log-probability plus Gumbel noise, so the blocks with the K
+  largest hold all draws, and the sums in a block are noise given its largest.
 
   Args:
     law: f32[B, W, V] logits, not normalised, -inf outside the support.
-    uniforms: f32[B, W, 3 K] in [0, 1), independent.
+    noise: called once, for far fewer than V numbers a node if K is small against V.
+    num_draws: K.
 
-  Exactness: the law of the logits up to rounding of sums in float32.
+  Exactness: the law of the logits, up to rounding of sums in float32.
 
-  Source: Stochastic Beams and Where to Find Them, arXiv:1903.06059, section 2.3; the arrival times
-  are A* Sampling, arXiv:1411.0030, section 3, for finitely many outcomes.
+  Source: Stochastic Beams and Where to Find Them, arXiv:1903.06059, sections 2.3 and 4.1: its
+  top-down sampling of a tree, here of two levels.
   """
-  return _draw(law, uniforms, replace=False)
+  blocks = sampling.in_blocks(law)
+  num_blocks, size = blocks.shape[-2:]
+  sums = jax.nn.logsumexp(blocks, axis=-1)
+  total = jax.nn.logsumexp(sums, axis=-1, keepdims=True)
+  taken = min(num_draws, num_blocks)
+  made = noise(num_blocks + taken * size)
+  won, chosen = lax.top_k(sums - total + made[..., :num_blocks], taken)
+  inside = jnp.take_along_axis(blocks, chosen[..., None], axis=-2) - total[..., None]
+  perturbed = inside + made[..., num_blocks:].reshape(inside.shape)
+  perturbed = condition_on_maximum(perturbed, won)
+  scores, places = lax.top_k(_flat(perturbed), num_draws)
+  tokens = jnp.take_along_axis(chosen, places // size, axis=-1) * size + places % size
+  log_q = jnp.take_along_axis(_flat(inside), places, axis=-1)
+  return Draws(tokens.astype(jnp.int32), scores, log_q)
 
 
-def independent(law: jax.Array, uniforms: jax.Array) -> Draws:
-  """Returns independent draws; their scores are their log-probabilities. Otherwise as above."""
-  drawn = _draw(law, uniforms, replace=True)
-  return drawn._replace(scores=drawn.log_q)
+def condition_on_maximum(perturbed: jax.Array, maximum: jax.Array) -> jax.Array:
+  """Returns Gumbel-perturbed log-probabilities f32[..., K] conditioned on their maximum.
+
+  Order is kept, and the largest becomes the maximum exactly.
+
+  Args:
+    perturbed: f32[..., K].
+    maximum: f32[...]; -inf gives -inf.
+
+  Source: Stochastic Beams and Where to Find Them, arXiv:1903.06059, appendix B.3, in the stable
+  form given there.
+  """
+  maximum = maximum[..., None]
+  exists = perturbed > -jnp.inf
+  finite = jnp.where(exists, perturbed, 0)
+  top = perturbed.max(-1, keepdims=True)
+  below = maximum - finite + jnp.log1p(-jnp.exp(finite - jnp.where(exists, top, 1)))
+  conditioned = maximum - jnp.maximum(below, 0) - jnp.log1p(jnp.exp(-jnp.abs(below)))
+  return jnp.where(exists, conditioned, -jnp.inf)
 
 
-def _draw(law, uniforms, *, replace):
-  blocks, top = _in_blocks(law)
-  sums = jnp.exp(blocks - top[..., None]).sum(-1)  # f32[B, W, S]
-  whole = sums.sum(-1)
-  numbers = jnp.arange(blocks.shape[-2])[None, None]  # of the blocks
-  places = jnp.arange(blocks.shape[-1])[None, None]  # in a block
-  num_draws = uniforms.shape[-1] // 3
-  for_block, for_token, for_time = jnp.moveaxis(
-    uniforms.reshape(*uniforms.shape[:-1], 3, num_draws), (-2, -1), (0, 1)
-  )
-
-  def step(carry, inputs):
-    sums, taken, time = carry
-    index, u_block, u_token, u_time = inputs
-    left = sums.sum(-1)
-    block = _pick(sums, u_block)
-    logits = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :] - top
-    ids = block[..., None] * blocks.shape[-1] + places
-    gone = (ids[..., None] == taken[..., None, :]).any(-1)
-    weights = jnp.where(gone, 0, jnp.exp(logits))
-    inside = _pick(weights, u_token)
-    token = block * blocks.shape[-1] + inside
-    value = jnp.take_along_axis(logits, inside[..., None], axis=-1)[..., 0]
-    time = time - jnp.log1p(-jnp.maximum(u_time, _SMALLEST)) * (whole / left)
-    if not replace:
-      taken = taken.at[..., index].set(token)
-      rest = weights.sum(-1, where=places != inside[..., None])
-      sums = jnp.where(numbers == block[..., None], rest[..., None], sums)
-    exists = left > 0
-    score = jnp.where(exists, -jnp.log(time), -jnp.inf)
-    log_q = jnp.where(exists, value - jnp.log(whole), -jnp.inf)
-    return (sums, taken, time), (token.astype(jnp.int32), score, log_q)
-
-  start = sums, jnp.full((*whole.shape, num_draws), -1), jnp.zeros_like(whole)
-  _, found = lax.scan(step, start, (jnp.arange(num_draws), for_block, for_token, for_time))
-  return Draws(*(jnp.moveaxis(each, 0, -1) for each in found))
-
-
-def _in_blocks(law):
-  """Returns (f32[B, W, S, L] with -inf behind the last token, f32[B, W, 1] the largest logit)."""
-  vocab_size = law.shape[-1]
-  padded = jnp.pad(law, ((0, 0), (0, 0), (0, -vocab_size % _BLOCK)), constant_values=-jnp.inf)
-  return padded.reshape(*law.shape[:-1], -1, _BLOCK), law.max(-1, keepdims=True)
-
-
-def _pick(weights, uniform):
-  """Returns i32[B, W], an index of weights f32[B, W, n] by its share; never one of weight 0."""
-  sums = jnp.cumsum(weights, axis=-1)
-  found = (sums <= uniform[..., None] * sums[..., -1:]).sum(-1)
-  last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, axis=-1)
-  return jnp.minimum(found, last)  # the product may round up to the sum of all
+def _flat(values):
+  return values.reshape(*values.shape[:-2], -1)

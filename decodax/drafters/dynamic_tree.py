@@ -29,6 +29,7 @@ from decodax import trees
 from decodax.controllers import Controller
 from decodax.decode import root_tokens
 from decodax.drafters import children as children_lib
+from decodax.drafters import draws
 from decodax.drafters.expander import Expander
 from decodax.drafters.expander import GrowthState
 from decodax.drafters.expander import Nodes
@@ -218,28 +219,11 @@ def _by_perturbation(
   )
   value = beam.value[..., None] + children.log_q
   perturbed = beam.value[..., None] + children.scores
-  priority = condition_on_maximum(perturbed, beam.priority)
+  priority = draws.condition_on_maximum(perturbed, beam.priority)
   priority = jnp.where(_greedy(state), value, priority)
   priority = jnp.where(children.scores > -jnp.inf, priority, -jnp.inf)
   priority = lax.cummin(priority, axis=2)  # against rounding
   return Scored(children.tokens, value, priority, priority, children.law)
-
-
-def condition_on_maximum(perturbed: jax.Array, maximum: jax.Array) -> jax.Array:
-  """Returns Gumbel-perturbed log-probabilities f32[B, W, K] conditioned on their maximum.
-
-  Order is kept, and the first becomes the maximum exactly.
-
-  Args:
-    perturbed: f32[B, W, K], falling along K, the first being the maximum over the vocabulary.
-    maximum: f32[B, W]; -inf gives -inf.
-
-  Source: Stochastic Beams and Where to Find Them, arXiv:1903.06059, appendix B.3, in the stable
-  form given there.
-  """
-  top, maximum = perturbed[..., :1], maximum[..., None]
-  below = maximum - perturbed + jnp.log1p(-jnp.exp(perturbed - top))
-  return maximum - jnp.maximum(below, 0) - jnp.log1p(jnp.exp(-jnp.abs(below)))
 
 
 # --- Growing -------------------------------------------------------------------------------------

@@ -245,3 +245,19 @@ def test_only_live_rows_count_as_sampled():
   sampling = Sampling(jnp.asarray([0.0, 1.0]))
   assert sampling_lib.any_sampled(sampling, jnp.asarray([False, True]))
   assert not sampling_lib.any_sampled(sampling, jnp.asarray([True, False]))
+
+
+@pytest.mark.parametrize('size', [5, 3000, 4096, 4097])
+@pytest.mark.parametrize('k', [1, 4])
+def test_top_k_is_that_of_jax(size, k):
+  """Also where values tie, in one block or in several, and where few are finite."""
+  rng = np.random.default_rng(size + k)
+  values = rng.integers(0, 4, (6, 2, size)).astype(np.float32)
+  values[0] = rng.normal(size=(2, size))
+  values[1] = -np.inf
+  values[2] = np.where(rng.random((2, size)) < 2 / size, values[2], -np.inf)
+  values[3, :, [0, -1]] = 9
+  expected = jax.lax.top_k(values, k)
+  found = jax.jit(sampling_lib.top_k, static_argnums=1)(values, k)
+  np.testing.assert_array_equal(found[0], expected[0])
+  np.testing.assert_array_equal(found[1], expected[1])

@@ -267,19 +267,6 @@ def test_dyspec_takes_the_places_that_the_sequential_growth_takes():
       assert ours == [path for path in expected if path[:-1] == parent]
 
 
-def test_the_largest_child_has_its_parents_perturbation():
-  rng = np.random.default_rng(0)
-  perturbed = jnp.asarray(-np.sort(-rng.gumbel(size=(3, 5, 7)), axis=-1), jnp.float32)
-  maximum = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32).at[0, 0].set(-jnp.inf)
-  out = np.asarray(dynamic_tree.condition_on_maximum(perturbed, maximum))
-  np.testing.assert_array_equal(out[..., 0], maximum)
-  assert (np.diff(out[1:], axis=-1) <= 0).all() and not np.isnan(out).any()
-  assert (out[0, 0] == -np.inf).all()
-  # Where the given maximum is the one there is, nothing changes.
-  same = dynamic_tree.condition_on_maximum(perturbed, perturbed[..., 0])
-  np.testing.assert_allclose(same, perturbed, atol=1e-5)
-
-
 # --- The laws of what is drawn -------------------------------------------------------------------
 
 
