@@ -43,6 +43,38 @@ _ATTENTION = {
   'head size 256': (
     _HALF(num_queries=16, num_heads=8, num_kv_heads=4, head_dim=256, lengths=(0, 250)), {},
   ),
+  'int8, one token': (
+    _HALF(num_queries=1, cache_dtype=jnp.int8, num_slots=4096, lengths=(0, 1, 511, 4096)), {},
+  ),
+  'int8, a tree of 64': (
+    _HALF(num_queries=64, cache_dtype=jnp.int8, num_slots=2048, lengths=(0, 1, 129, 2048)), {},
+  ),
+  'int8, pages, window': (
+    _HALF(
+      num_queries=16, cache_dtype=jnp.int8, num_slots=2048, page_size=128, lengths=(0, 1, 1999),
+    ),
+    dict(window=300),
+  ),
+  'float8, a tree of 64': (
+    _HALF(
+      num_queries=64, cache_dtype=jnp.float8_e4m3fn, num_slots=2048, lengths=(0, 1, 129, 2048),
+    ),
+    {},
+  ),
+  'float8, pages, head size 80': (
+    _HALF(
+      num_queries=5, cache_dtype=jnp.float8_e4m3fn, head_dim=80, num_slots=1024, page_size=64,
+      lengths=(0, 65, 1000),
+    ),
+    {},
+  ),
+  'float8, head size 256': (
+    _HALF(
+      num_queries=40, num_heads=8, num_kv_heads=4, head_dim=256, cache_dtype=jnp.float8_e5m2,
+      lengths=(0, 250),
+    ),
+    {},
+  ),
   'multi-query': (_HALF(num_queries=16, num_kv_heads=1, num_slots=1024, lengths=(0, 1000)), {}),
 }  # fmt: skip
 _TOLERANCE = 0.02  # of bfloat16, absolute and relative

@@ -100,6 +100,7 @@ class GpuBlockSizes(NamedTuple):
   block_kv: int  # slots of a tile
   stages: int  # tiles on their way
   num_splits: int  # thread blocks that share a row's prefix
+  narrow_stages: int = 2  # of an 8-bit cache: its tiles on their way; `stages` are then widened
 
 
 _SHARED_MEMORY = 200 * 2**10  # bytes of a Hopper thread block's 227 KiB
@@ -114,7 +115,12 @@ _SHORT = 4096  # slots; with fewer, padding the block itself to a large tile wou
 
 
 def gpu_block_sizes(
-  kind: str, head_dim: int, num_blocks: int, num_slots: int, page_size: int | None
+  kind: str,
+  head_dim: int,
+  num_blocks: int,
+  num_slots: int,
+  page_size: int | None,
+  narrow: bool = False,
 ) -> GpuBlockSizes:
   """Returns sizes for a device kind: full shared memory, and splits enough to fill the device.
 
@@ -124,16 +130,20 @@ def gpu_block_sizes(
     num_blocks: thread blocks without splits: rows, key heads and tiles of queries.
     num_slots: S.
     page_size: of a paged cache.
+    narrow: whether the cache holds 8-bit numbers.
   """
-  block_kv = 128 if head_dim <= 128 and num_slots > _SHORT else 64
+  block_kv = 128 if head_dim <= 128 and num_slots > _SHORT and not narrow else 64
   for size in (page_size, num_slots):
     if size and size % block_kv:
       block_kv = 64
   tile = 2 * block_kv * head_dim * 2  # keys and values
   queries = 2 * 64 * head_dim * 2
+  splits = _num_splits(num_blocks, num_slots, GPU_TABLE.get(kind, _SAFE_WAVES))
+  if narrow:
+    left = _SHARED_MEMORY - queries - 2 * tile
+    return GpuBlockSizes(block_kv, 2, splits, max(1, min(4, 2 * left // tile)))
   stages = max(2, min(4, (_SHARED_MEMORY - queries) // tile))
-  waves = GPU_TABLE.get(kind, _SAFE_WAVES)
-  return GpuBlockSizes(block_kv, stages, _num_splits(num_blocks, num_slots, waves))
+  return GpuBlockSizes(block_kv, stages, splits)
 
 
 def _num_splits(num_blocks, num_slots, waves):

@@ -3,7 +3,9 @@
 A thread block is one split of one row's slots for one key head and a tile of its queries. One
 warpgroup fetches keys and values into a ring of buffers in shared memory, one or two multiply;
 the first split begins with the block itself. What the splits found is merged outside. A
-contiguous cache and a paged one differ in where a tile is fetched from, and in nothing else.
+contiguous cache and a paged one differ in where a tile is fetched from, and in nothing else. A
+cache of 8-bit numbers is fetched into a ring of its own, from where the warpgroup that fetches
+widens it into the other: those that multiply see no difference but the scales.
 
 Axes: `B` batch, `T` queries, `N` block tokens, `S` cache slots, `P` pages, `L` layers, `Hkv`
 key/value heads, `G` query heads a key head, `R` rows of queries (G * T, padded), `Dh` head size,
@@ -24,6 +26,7 @@ from pallas_kernels.block_attention import block_sizes
 from pallas_kernels.block_attention.reference import MASKED
 from pallas_kernels.block_attention.reference import Prefix
 from pallas_kernels.block_attention.reference import group_queries
+from pallas_kernels.block_attention.reference import layer_scale
 from pallas_kernels.block_attention.reference import ungroup
 from pallas_kernels.block_attention.rows import narrow_mask
 from pallas_kernels.block_attention.rows import needed_blocks
@@ -33,6 +36,7 @@ from pallas_kernels.dispatch import device_kind
 from pallas_kernels.masks import WORD
 from pallas_kernels.masks import pack_mask
 
+_NARROW = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 _TILE = 64  # rows of queries of one warpgroup: the height of a wgmma
 _LOG2E = math.log2(math.e)
 _BY_ROW, _BY_LANE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -45,8 +49,12 @@ def why_not(queries: jax.Array, keys: jax.Array, prefix: Prefix | None) -> str |
   if queries.shape[3] % 16 or queries.shape[3] > 256:
     return f'a head has a multiple of 16 elements, at most 256: {queries.shape=}'
   if prefix is not None:
-    if prefix.keys.dtype != queries.dtype:
-      return f'wgmma cannot read a cache of other numbers: {prefix.keys.dtype=}, {queries.dtype=}'
+    widened = _NARROW if queries.dtype == jnp.bfloat16 else ()
+    if prefix.keys.dtype not in (queries.dtype, *widened):
+      return (
+        'a cache is like the queries or, of bfloat16 queries, has 8 bits: '
+        f'{prefix.keys.dtype=}, {queries.dtype=}'
+      )
     if prefix.keys.shape[3] % 64:
       what = 'cache' if prefix.page_table is None else 'page'
       return f'a {what} must hold a multiple of 64 slots: {prefix.keys.shape=}'
@@ -68,6 +76,7 @@ class _Call(NamedTuple):
   has_prefix: bool
   soft_cap: float | None
   dtype: Any
+  narrow: Any  # dtype of an 8-bit cache, or None
   interpreted: bool
 
 
@@ -87,6 +96,8 @@ class _Inputs(NamedTuple):
   tiles: Any = None  # i32[B, S / block] which tiles, under a window
   lowest: Any = None  # i32[B, R] a query sees positions greater than this
   positions: Any = None  # i32[B, S]
+  key_scale: Any = None  # f32[Hkv]
+  value_scale: Any = None
 
 
 class _Scratch(NamedTuple):
@@ -102,6 +113,10 @@ class _Scratch(NamedTuple):
   key_used: Any
   value_used: Any
   cleared: Any
+  narrow_keys: Any = None  # [narrow stages, block, Dh]
+  narrow_values: Any = None
+  narrow_key_ready: Any = None
+  narrow_value_ready: Any = None
 
 
 def block_attention_gpu(
@@ -137,7 +152,10 @@ def block_attention_gpu(
     page = None if prefix is None or prefix.page_table is None else prefix.keys.shape[3]
     num_blocks = batch * num_kv_heads * (num_rows // (_TILE * num_groups))
     num_slots = 0 if prefix is None else prefix.positions.shape[1]
-    sizes = block_sizes.gpu_block_sizes(device_kind(), head_dim, num_blocks, num_slots, page)
+    narrow = prefix is not None and prefix.keys.dtype.itemsize == 1
+    sizes = block_sizes.gpu_block_sizes(
+      device_kind(), head_dim, num_blocks, num_slots, page, narrow
+    )
   padded = round_up(num_tokens, sizes.block_kv)
   lowest = None
   if window is not None:
@@ -162,6 +180,7 @@ def block_attention_gpu(
     has_prefix=prefix is not None,
     soft_cap=soft_cap,
     dtype=queries.dtype,
+    narrow=None if prefix is None or prefix.key_scale is None else prefix.keys.dtype,
     interpreted=interpret is not None,
   )  # fmt: skip
   inputs = _Inputs(
@@ -196,6 +215,8 @@ def _prefix_inputs(call, prefix, lowest, group, num_rows):
     length=prefix.length,
     count=wanted.sum(1, dtype=jnp.int32),
     page_table=prefix.page_table,
+    key_scale=layer_scale(prefix.key_scale, prefix),
+    value_scale=layer_scale(prefix.value_scale, prefix),
   )
   if lowest is not None:
     found |= dict(
@@ -220,9 +241,15 @@ def _run(call, inputs, interpret):
   present = {name: a for name, a in inputs._asdict().items() if a is not None}
   num_pairs, num_rows, head_dim = inputs.queries.shape
   rows_out = _rows_out(call, num_rows)
-  swizzle = plgpu.find_swizzle(head_dim * 16)
-  tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
   sizes, groups = call.sizes, call.num_groups
+  tile = (sizes.block_kv, head_dim)
+
+  narrow = ()
+  if call.narrow is not None:
+    narrow = (
+      *[_tiled_memory((sizes.narrow_stages, *tile), call.narrow)] * 2,
+      *[plgpu.Barrier(num_barriers=sizes.narrow_stages)] * 2,
+    )
 
   def body(*refs):
     named = dict(zip(present, refs, strict=False))
@@ -233,9 +260,9 @@ def _run(call, inputs, interpret):
 
     pl.run_scoped(
       scoped,
-      plgpu.SMEM((groups, _TILE, head_dim), call.dtype, transforms=tiled),
-      plgpu.SMEM((sizes.stages, sizes.block_kv, head_dim), call.dtype, transforms=tiled),
-      plgpu.SMEM((sizes.stages, sizes.block_kv, head_dim), call.dtype, transforms=tiled),
+      _tiled_memory((groups, _TILE, head_dim), call.dtype),
+      _tiled_memory((sizes.stages, *tile), call.dtype),
+      _tiled_memory((sizes.stages, *tile), call.dtype),
       plgpu.SMEM((groups, _TILE), jnp.float32),
       plgpu.Barrier(num_barriers=sizes.stages),
       plgpu.Barrier(num_barriers=sizes.stages),
@@ -243,6 +270,7 @@ def _run(call, inputs, interpret):
       plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
       plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
       plgpu.Barrier(num_arrivals=groups),
+      *narrow,
       collective_axes='group',
     )
 
@@ -260,6 +288,14 @@ def _run(call, inputs, interpret):
     **({} if interpret is None else {'interpret': interpret}),
   )
   return kernel(*present.values())
+
+
+def _tiled_memory(shape, dtype):
+  """Returns shared memory as wgmma reads it."""
+  bits = 8 * jnp.dtype(dtype).itemsize
+  swizzle = plgpu.find_swizzle(shape[-1] * bits)
+  transforms = (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _rows_out(call, num_rows):
@@ -282,13 +318,13 @@ def _kernel(call, inputs, outs, scratch):
   @pl.when(group == call.num_groups)
   def _fetch():
     if call.num_groups > 1:
-      plgpu.set_max_registers(40, action='decrease')
+      plgpu.set_max_registers(40 if call.narrow is None else 88, action='decrease')
     _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high)
 
   @pl.when(group < call.num_groups)
   def _multiply():
     if call.num_groups > 1:
-      plgpu.set_max_registers(232, action='increase')
+      plgpu.set_max_registers(232 if call.narrow is None else 208, action='increase')
     _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, high)
 
 
@@ -317,20 +353,19 @@ def _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high):
     fetch(index, inputs.keys.at[where], inputs.values.at[where])
 
   def prefix(index, _):
-    tile = _tile_of(inputs, row, index)
-    if call.per_page is None:
-      where = (inputs.first[0] + pair, pl.ds(tile * block, block))
-    else:
-      page = inputs.page_table[row, lax.div(tile, jnp.int32(call.per_page))]
-      head = lax.rem(pair, jnp.int32(call.num_kv_heads))
-      offset = lax.rem(tile, jnp.int32(call.per_page)) * block
-      where = (inputs.first[0] + page * call.num_kv_heads + head, pl.ds(offset, block))
-    step = num_own + index - low
-    fetch(step, inputs.key_slots.at[where], inputs.value_slots.at[where])
+    where = _where_tile_lies(call, inputs, pair, row, index)
+    fetch(num_own + index - low, inputs.key_slots.at[where], inputs.value_slots.at[where])
 
-  lax.fori_loop(0, num_own, own, None)
-  if call.has_prefix:
-    lax.fori_loop(low, high, prefix, None)
+  if call.narrow is None:
+    lax.fori_loop(0, num_own, own, None)
+    if call.has_prefix:
+      lax.fori_loop(low, high, prefix, None)
+  else:
+    start, widen = _narrow_tiles(call, inputs, scratch, pair, row, num_own, low, high)
+    early = jnp.minimum(low + call.sizes.narrow_stages, high)
+    lax.fori_loop(low, early, lambda index, _: start(index), None)
+    lax.fori_loop(0, num_own, own, None)
+    lax.fori_loop(low, high, lambda index, _: widen(index), None)
 
   def drain(step, _):  # no barrier goes away before all have passed it
     slot = lax.rem(step, jnp.int32(stages))
@@ -339,6 +374,64 @@ def _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high):
 
   total = num_own + high - low
   lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+
+def _where_tile_lies(call, inputs, pair, row, index):
+  """Returns the index into the slots of the index-th tile that the row reads."""
+  block, tile = call.sizes.block_kv, _tile_of(inputs, row, index)
+  if call.per_page is None:
+    return inputs.first[0] + pair, pl.ds(tile * block, block)
+  page = inputs.page_table[row, lax.div(tile, jnp.int32(call.per_page))]
+  head = lax.rem(pair, jnp.int32(call.num_kv_heads))
+  offset = lax.rem(tile, jnp.int32(call.per_page)) * block
+  return inputs.first[0] + page * call.num_kv_heads + head, pl.ds(offset, block)
+
+
+def _narrow_tiles(call, inputs, scratch, pair, row, num_own, low, high):
+  """Returns (start, widen), which fetch the index-th tile of 8-bit numbers and hand it on."""
+  stages, narrow_stages = call.sizes.stages, call.sizes.narrow_stages
+  parts = (
+    (inputs.key_slots, scratch.narrow_keys, scratch.narrow_key_ready,
+     scratch.keys, scratch.key_ready, scratch.key_used),
+    (inputs.value_slots, scratch.narrow_values, scratch.narrow_value_ready,
+     scratch.values, scratch.value_ready, scratch.value_used),
+  )  # fmt: skip
+
+  def start_part(index, source, narrow, narrow_ready):
+    slot = lax.rem(index - low, jnp.int32(narrow_stages))
+    where = _where_tile_lies(call, inputs, pair, row, index)
+    plgpu.copy_gmem_to_smem(source.at[where], narrow.at[slot], narrow_ready.at[slot])
+
+  def start(index):
+    for source, narrow, narrow_ready, *_ in parts:
+      start_part(index, source, narrow, narrow_ready)
+
+  def widen(index):
+    step = num_own + index - low
+    slot, narrow_slot = (
+      lax.rem(step, jnp.int32(stages)), lax.rem(index - low, jnp.int32(narrow_stages))
+    )  # fmt: skip
+    for source, narrow, narrow_ready, wide, ready, used in parts:
+      plgpu.barrier_wait(narrow_ready.at[narrow_slot])
+      pl.when(step >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
+      for first in range(0, call.sizes.block_kv, _TILE):
+        rows = pl.ds(first, _TILE)
+        _widen(call, narrow.at[narrow_slot, rows], wide.at[slot, rows])
+      plgpu.commit_smem()  # all have read and written: for wgmma, and for the next copy
+      plgpu.barrier_arrive(ready.at[slot])
+      pl.when(index + narrow_stages < high)(
+        functools.partial(start_part, index + narrow_stages, source, narrow, narrow_ready)
+      )
+
+  return start, widen
+
+
+def _widen(call, narrow, wide):
+  """Writes 64 rows of 8-bit numbers as numbers that wgmma multiplies; the change is exact."""
+  content = _load(call, narrow, plgpu.Layout.WGMMA_UPCAST_2X)
+  if call.narrow != jnp.int8:  # floats have no shorter way to bfloat16
+    content = content.astype(jnp.float32)
+  wide[...] = content.astype(call.dtype)
 
 
 # --- The warpgroups that multiply ----------------------------------------------------------------
@@ -352,12 +445,17 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   ready = scratch.query_ready.at[group]
   plgpu.copy_gmem_to_smem(inputs.queries.at[pair, rows], queries, ready)
   plgpu.barrier_wait(ready)
+  scales = None
+  if call.narrow is not None:
+    head = lax.rem(pair, jnp.int32(call.num_kv_heads))
+    scales = inputs.key_scale[head], inputs.value_scale[head]
 
   def own(index, carry):
     visible = functools.partial(
       _unpack, call, inputs.words, row, rows, index * (block // WORD), block
     )
-    return _step(call, scratch, queries, lax.rem(index, jnp.int32(stages)), visible, None, carry)
+    slot = lax.rem(index, jnp.int32(stages))
+    return _step(call, scratch, queries, slot, visible, None, None, carry)
 
   def prefix(ragged, index, carry):
     tile = _tile_of(inputs, row, index)
@@ -380,7 +478,8 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
 
     has_mask = ragged or call.windowed
     left = valid if ragged else None
-    return _step(call, scratch, queries, slot, visible if has_mask else None, left, carry)
+    visible_or_all = visible if has_mask else None
+    return _step(call, scratch, queries, slot, visible_or_all, left, scales, carry)
 
   carry = (
     _cast(call, jnp.full((_TILE,), MASKED, jnp.float32), _BY_ROW),
@@ -409,22 +508,25 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   plgpu.wait_smem_to_gmem(0)
 
 
-def _step(call, scratch, queries, slot, visible, left, carry):
+def _step(call, scratch, queries, slot, visible, left, scales, carry):
   """Takes one tile of keys and values into the online softmax; peaks are in units of log 2.
 
   Args:
     left: i32[], how many slots of the tile are valid, if not all: the others may hold NaN.
+    scales: f32[] of the keys and of the values, or None.
   """
   peak, total, mixed = carry
   block = call.sizes.block_kv
   plgpu.barrier_wait(scratch.key_ready.at[slot])
 
   def multiply_keys(product):
-    plgpu.wgmma(product, queries, plgpu.transpose_ref(scratch.keys.at[slot], (1, 0)))
+    plgpu.wgmma(product, queries, scratch.keys.at[slot].transpose((1, 0)))
     return product[...]
 
   scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((_TILE, block), jnp.float32))
   plgpu.barrier_arrive(scratch.key_used.at[slot])
+  if scales is not None:
+    scores = scores * scales[0]
   if call.soft_cap is not None:
     scores = call.soft_cap * jnp.tanh(scores / call.soft_cap)
   scores = scores * _LOG2E
@@ -435,6 +537,8 @@ def _step(call, scratch, queries, slot, visible, left, carry):
   weights = jnp.exp2(scores - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
   total = total * shrink + weights.sum(axis=1)
   mixed = mixed * lax.broadcast_in_dim(shrink, mixed.shape, [0])
+  if scales is not None:
+    weights = weights * scales[1]
   weights = weights.astype(call.dtype)
   plgpu.barrier_wait(scratch.value_ready.at[slot])
   values = scratch.values.at[slot]
