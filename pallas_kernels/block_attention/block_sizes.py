@@ -140,10 +140,39 @@ def gpu_block_sizes(
   queries = 2 * 64 * head_dim * 2
   splits = _num_splits(num_blocks, num_slots, GPU_TABLE.get(kind, _SAFE_WAVES))
   if narrow:
-    left = _SHARED_MEMORY - queries - 2 * tile
-    return GpuBlockSizes(block_kv, 2, splits, max(1, min(4, 2 * left // tile)))
+    left = _SHARED_MEMORY - queries
+    stages = 2 if 2 * tile + tile // 2 <= left else 1
+    return GpuBlockSizes(block_kv, stages, splits, min(4, 2 * (left - stages * tile) // tile))
   stages = max(2, min(4, (_SHARED_MEMORY - queries) // tile))
   return GpuBlockSizes(block_kv, stages, splits)
+
+
+class Float32BlockSizes(NamedTuple):
+  """How the GPU kernel for float32 cuts up its work."""
+
+  rows: int  # of queries
+  block_kv: int  # slots of a tile
+  num_splits: int  # thread blocks that share a row's prefix
+  num_warps: int
+  stages: int = 2  # tiles on their way
+
+
+def float32_block_sizes(
+  kind: str, head_dim: int, num_rows: int, num_pairs: int, num_slots: int
+) -> Float32BlockSizes:
+  """Returns sizes for a device kind: tiles that registers hold, and splits that fill the device.
+
+  Args:
+    kind: as in `jax.Device.device_kind`.
+    head_dim: Dh.
+    num_rows: rows of queries of one key head.
+    num_pairs: rows of the batch times key heads.
+    num_slots: S.
+  """
+  rows = 16 if num_rows <= 16 or head_dim > 128 else 32
+  waves = 2 * GPU_TABLE.get(kind, _SAFE_WAVES)  # they are small
+  splits = _num_splits(num_pairs * -(-num_rows // rows), num_slots, waves)
+  return Float32BlockSizes(rows, 32, splits, rows // 4)
 
 
 def _num_splits(num_blocks, num_slots, waves):

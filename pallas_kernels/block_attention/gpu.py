@@ -25,16 +25,12 @@ import jax.numpy as jnp
 from pallas_kernels.block_attention import block_sizes
 from pallas_kernels.block_attention.reference import MASKED
 from pallas_kernels.block_attention.reference import Prefix
-from pallas_kernels.block_attention.reference import group_queries
-from pallas_kernels.block_attention.reference import layer_scale
-from pallas_kernels.block_attention.reference import ungroup
-from pallas_kernels.block_attention.rows import narrow_mask
-from pallas_kernels.block_attention.rows import needed_blocks
 from pallas_kernels.block_attention.rows import round_up
-from pallas_kernels.block_attention.rows import spread_rows
+from pallas_kernels.block_attention.splits import SplitInputs
+from pallas_kernels.block_attention.splits import join_splits
+from pallas_kernels.block_attention.splits import split_inputs
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.masks import WORD
-from pallas_kernels.masks import pack_mask
 
 _NARROW = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 _TILE = 64  # rows of queries of one warpgroup: the height of a wgmma
@@ -70,7 +66,6 @@ class _Call(NamedTuple):
   num_kv_heads: int
   head_dim: int
   num_own: int  # tiles of the block itself
-  num_words: int  # W
   per_page: int | None  # tiles of a page; None if the cache is contiguous
   windowed: bool
   has_prefix: bool
@@ -78,26 +73,6 @@ class _Call(NamedTuple):
   dtype: Any
   narrow: Any  # dtype of an 8-bit cache, or None
   interpreted: bool
-
-
-class _Inputs(NamedTuple):
-  """What the kernel reads; absent parts are None."""
-
-  queries: Any  # f[B * Hkv, R, Dh]
-  keys: Any  # f[B * Hkv, N, Dh]
-  values: Any
-  words: Any  # i32[B, W, R]
-  key_slots: Any = None  # f[L * B * Hkv, S, Dh] or f[L * P * Hkv, page, Dh]
-  value_slots: Any = None
-  first: Any = None  # i32[1] index of the layer's first row of slots
-  length: Any = None  # i32[B]
-  count: Any = None  # i32[B] tiles of the prefix that a row reads
-  page_table: Any = None  # i32[B, S / page]
-  tiles: Any = None  # i32[B, S / block] which tiles, under a window
-  lowest: Any = None  # i32[B, R] a query sees positions greater than this
-  positions: Any = None  # i32[B, S]
-  key_scale: Any = None  # f32[Hkv]
-  value_scale: Any = None
 
 
 class _Scratch(NamedTuple):
@@ -144,7 +119,7 @@ def block_attention_gpu(
   and their merging as in Flash-Decoding.
   """
   batch, num_queries, num_heads, head_dim = queries.shape
-  num_kv_heads, num_tokens = keys.shape[1:3]
+  num_kv_heads = keys.shape[1]
   group = num_heads // num_kv_heads
   num_groups = 1 if num_queries * group <= _TILE else 2
   num_rows = round_up(num_queries * group, _TILE * num_groups)
@@ -156,24 +131,18 @@ def block_attention_gpu(
     sizes = block_sizes.gpu_block_sizes(
       device_kind(), head_dim, num_blocks, num_slots, page, narrow
     )
-  padded = round_up(num_tokens, sizes.block_kv)
-  lowest = None
-  if window is not None:
-    assert query_positions is not None and key_positions is not None
-    lowest = query_positions - window
-    mask = narrow_mask(mask, num_tokens, window, query_positions, key_positions)
-  words = pack_mask(mask) if mask.dtype == jnp.bool_ else mask
-  words = jnp.pad(words, [(0, 0), (0, 0), (0, padded // WORD - words.shape[2])])
-  rows = [(0, 0), (0, 0), (0, num_rows - num_queries * group), (0, 0)]
-  tokens = [(0, 0), (0, 0), (0, padded - num_tokens), (0, 0)]
+  inputs = split_inputs(
+    queries, keys, values, mask, prefix, scale=scale, window=window,
+    query_positions=query_positions, key_positions=key_positions,
+    num_rows=num_rows, block_kv=sizes.block_kv,
+  )  # fmt: skip
   call = _Call(
     sizes=sizes,
     num_groups=num_groups,
     num_queries=num_queries * group,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
-    num_own=padded // sizes.block_kv,
-    num_words=words.shape[2],
+    num_own=inputs.keys.shape[1] // sizes.block_kv,
     per_page=None if prefix is None or prefix.page_table is None
     else prefix.keys.shape[3] // sizes.block_kv,
     windowed=window is not None and prefix is not None,
@@ -183,54 +152,8 @@ def block_attention_gpu(
     narrow=None if prefix is None or prefix.key_scale is None else prefix.keys.dtype,
     interpreted=interpret is not None,
   )  # fmt: skip
-  inputs = _Inputs(
-    queries=_flat(jnp.pad(group_queries(queries, num_kv_heads, scale), rows)),
-    keys=_flat(jnp.pad(keys, tokens)),
-    values=_flat(jnp.pad(values, tokens)),
-    words=spread_rows(words, group, num_rows).transpose(0, 2, 1),
-  )
-  if prefix is not None:
-    inputs = inputs._replace(**_prefix_inputs(call, prefix, lowest, group, num_rows))
   mixed, peaks = _run(call, inputs, interpret)
-  mixed = mixed.reshape(-1, batch, num_kv_heads, *mixed.shape[2:])
-  if sizes.num_splits > 1:
-    mixed = _merge(mixed, peaks.reshape(*mixed.shape[:3], -1)[..., : mixed.shape[3]])
-  else:
-    mixed = mixed[0]
-  return ungroup(mixed[:, :, : num_queries * group].astype(queries.dtype), queries.shape)
-
-
-def _flat(array):
-  """Returns f[x, n, Dh], a view with the leading axes as one."""
-  return array.reshape(-1, *array.shape[-2:])
-
-
-def _prefix_inputs(call, prefix, lowest, group, num_rows):
-  block = call.sizes.block_kv
-  wanted = needed_blocks(prefix, block, None if lowest is None else lowest.min(-1))
-  found = dict(
-    key_slots=_flat(prefix.keys),
-    value_slots=_flat(prefix.values),
-    first=(prefix.layer * math.prod(prefix.keys.shape[1:3])).reshape(1),
-    length=prefix.length,
-    count=wanted.sum(1, dtype=jnp.int32),
-    page_table=prefix.page_table,
-    key_scale=layer_scale(prefix.key_scale, prefix),
-    value_scale=layer_scale(prefix.value_scale, prefix),
-  )
-  if lowest is not None:
-    found |= dict(
-      tiles=jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32),
-      lowest=spread_rows(lowest[..., None], group, num_rows)[..., 0],
-      positions=prefix.positions,
-    )
-  return found
-
-
-def _merge(mixed, peaks):
-  """Returns f32[B, Hkv, R, Dh] from the outputs and log2-normalisers of splits, f[Z, B, Hkv, R]."""
-  weight = jnp.exp2(peaks - peaks.max(0, keepdims=True))[..., None]
-  return (mixed.astype(jnp.float32) * weight).sum(0) / weight.sum(0)
+  return join_splits(mixed, peaks, queries.shape, num_kv_heads)
 
 
 # --- The call ------------------------------------------------------------------------------------
@@ -256,7 +179,7 @@ def _run(call, inputs, interpret):
     out_refs = refs[len(present) :]
 
     def scoped(*scratch):
-      _kernel(call, _Inputs(**named), out_refs, _Scratch(*scratch))
+      _kernel(call, SplitInputs(**named), out_refs, _Scratch(*scratch))
 
     pl.run_scoped(
       scoped,
@@ -318,13 +241,13 @@ def _kernel(call, inputs, outs, scratch):
   @pl.when(group == call.num_groups)
   def _fetch():
     if call.num_groups > 1:
-      plgpu.set_max_registers(40 if call.narrow is None else 88, action='decrease')
+      plgpu.set_max_registers(40 if call.narrow is None else 72, action='decrease')
     _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high)
 
   @pl.when(group < call.num_groups)
   def _multiply():
     if call.num_groups > 1:
-      plgpu.set_max_registers(232 if call.narrow is None else 208, action='increase')
+      plgpu.set_max_registers(232 if call.narrow is None else 216, action='increase')
     _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, high)
 
 

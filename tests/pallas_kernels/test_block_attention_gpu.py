@@ -104,7 +104,6 @@ def _assert_no_races():
 @pytest.mark.parametrize(
   'shape, message',
   [
-    (Shape(), 'bfloat16 or float16'),
     (_HALF(head_dim=72), 'multiple of 16 elements'),
     (_HALF(cache_dtype=jnp.float16), 'like the queries or'),
     (Shape(dtype=jnp.float16, cache_dtype=jnp.int8), 'of bfloat16 queries, has 8 bits'),
@@ -117,6 +116,12 @@ def test_what_the_kernel_cannot_do_it_says(shape, message):
     run(*make_problem(shape))
 
 
+def test_queries_and_block_must_be_alike():
+  queries, keys, *_ = make_problem(_HALF(lengths=(5,)))
+  assert gpu.why_not(queries, keys, None) is None
+  assert 'bfloat16 or float16' in str(gpu.why_not(queries, keys.astype(jnp.float32), None))
+
+
 def test_splits_fill_the_device_and_tiles_its_memory(monkeypatch):
   few = block_sizes.gpu_block_sizes('', 128, 8, 32768, None)
   assert few == GpuBlockSizes(128, 2, 15)
@@ -125,6 +130,6 @@ def test_splits_fill_the_device_and_tiles_its_memory(monkeypatch):
   assert block_sizes.gpu_block_sizes('', 256, 8, 0, None).num_splits == 1
   narrow = functools.partial(block_sizes.gpu_block_sizes, '', narrow=True)
   assert narrow(128, 8, 32768, None) == GpuBlockSizes(64, 2, 15, 4)
-  assert narrow(256, 8, 1024, 64) == GpuBlockSizes(64, 2, 2, 1)
+  assert narrow(256, 8, 1024, 64) == GpuBlockSizes(64, 1, 2, 2)
   monkeypatch.setitem(block_sizes.GPU_TABLE, 'some GPU', 2)
   assert block_sizes.gpu_block_sizes('some GPU', 128, 8, 32768, None).num_splits == 29
