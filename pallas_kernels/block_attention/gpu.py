@@ -4,8 +4,8 @@ A thread block is one split of one row's slots for one key head and a tile of it
 warpgroup fetches keys and values into a ring of buffers in shared memory, one or two multiply;
 the first split begins with the block itself. What the splits found is merged outside. A
 contiguous cache and a paged one differ in where a tile is fetched from, and in nothing else. A
-cache of 8-bit numbers is fetched into a ring of its own, from where the warpgroup that fetches
-widens it into the other: those that multiply see no difference but the scales.
+cache of 8-bit numbers is fetched into a ring of its own, from where the warpgroup that fetches, or
+two of them, widens it into the other: those that multiply see no difference but the scales.
 
 Axes: `B` batch, `T` queries, `N` block tokens, `S` cache slots, `P` pages, `L` layers, `Hkv`
 key/value heads, `G` query heads a key head, `R` rows of queries (G * T, padded), `Dh` head size,
@@ -62,6 +62,7 @@ class _Call(NamedTuple):
 
   sizes: block_sizes.GpuBlockSizes
   num_groups: int  # warpgroups that multiply
+  num_fetchers: int  # warpgroups that fetch
   num_queries: int  # rows that are not padding
   num_kv_heads: int
   head_dim: int
@@ -123,11 +124,11 @@ def block_attention_gpu(
   group = num_heads // num_kv_heads
   num_groups = 1 if num_queries * group <= _TILE else 2
   num_rows = round_up(num_queries * group, _TILE * num_groups)
+  narrow = prefix is not None and prefix.keys.dtype.itemsize == 1
   if sizes is None:
     page = None if prefix is None or prefix.page_table is None else prefix.keys.shape[3]
     num_blocks = batch * num_kv_heads * (num_rows // (_TILE * num_groups))
     num_slots = 0 if prefix is None else prefix.positions.shape[1]
-    narrow = prefix is not None and prefix.keys.dtype.itemsize == 1
     sizes = block_sizes.gpu_block_sizes(
       device_kind(), head_dim, num_blocks, num_slots, page, narrow
     )
@@ -139,6 +140,8 @@ def block_attention_gpu(
   call = _Call(
     sizes=sizes,
     num_groups=num_groups,
+    # Few queries leave the memory as the limit: keys and values are then widened side by side.
+    num_fetchers=2 if narrow and num_groups == 1 else 1,
     num_queries=num_queries * group,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
@@ -149,7 +152,7 @@ def block_attention_gpu(
     has_prefix=prefix is not None,
     soft_cap=soft_cap,
     dtype=queries.dtype,
-    narrow=None if prefix is None or prefix.key_scale is None else prefix.keys.dtype,
+    narrow=prefix.keys.dtype if prefix is not None and narrow else None,
     interpreted=interpret is not None,
   )  # fmt: skip
   mixed, peaks = _run(call, inputs, interpret)
@@ -205,7 +208,7 @@ def _run(call, inputs, interpret):
     ),
     grid=(num_rows // (_TILE * groups), sizes.num_splits, num_pairs),
     grid_names=('tile', 'split', 'pair'),
-    num_threads=groups + 1,
+    num_threads=groups + call.num_fetchers,
     thread_name='group',
     compiler_params=plgpu.CompilerParams(approx_math=True),
     **({} if interpret is None else {'interpret': interpret}),
@@ -238,17 +241,29 @@ def _kernel(call, inputs, outs, scratch):
     low = jnp.minimum(split * share, count)
     high = jnp.minimum(low + share, count)
 
-  @pl.when(group == call.num_groups)
-  def _fetch():
-    if call.num_groups > 1:
-      plgpu.set_max_registers(40 if call.narrow is None else 72, action='decrease')
-    _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high)
+  few, many = _registers(call)
+  parts = _parts(inputs, scratch)
+  each = len(parts) // call.num_fetchers
+  for index in range(call.num_fetchers):
+
+    @pl.when(group == call.num_groups + index)
+    def _fetch(parts=parts[index * each : (index + 1) * each]):
+      if few is not None:
+        plgpu.set_max_registers(few, action='decrease')
+      _fetch_tiles(call, inputs, parts, pair, row, num_own, low, high)
 
   @pl.when(group < call.num_groups)
   def _multiply():
-    if call.num_groups > 1:
-      plgpu.set_max_registers(232 if call.narrow is None else 216, action='increase')
+    if many is not None:
+      plgpu.set_max_registers(many, action='increase')
     _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, high)
+
+
+def _registers(call):
+  """Returns how many a thread has that fetches and one that multiplies; None: an equal share."""
+  if call.num_groups == 1:
+    return (None, None) if call.num_fetchers == 1 else (72, 240)
+  return (40, 232) if call.narrow is None else (72, 216)
 
 
 def _tile_of(inputs, row, index):
@@ -256,44 +271,66 @@ def _tile_of(inputs, row, index):
   return index if inputs.tiles is None else inputs.tiles[row, index]
 
 
-# --- The warpgroup that fetches ------------------------------------------------------------------
+# --- The warpgroups that fetch --------------------------------------------------------------------
 
 
-def _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high):
+class _Part(NamedTuple):
+  """Keys or values, and how they come to those that multiply."""
+
+  own: Any
+  slots: Any
+  wide: Any  # [stages, block, Dh]
+  ready: Any
+  used: Any
+  narrow: Any  # [narrow stages, block, Dh], or None
+  narrow_ready: Any
+
+
+def _parts(inputs, scratch):
+  """Returns (keys, values)."""
+  return (
+    _Part(
+      inputs.keys, inputs.key_slots, scratch.keys, scratch.key_ready, scratch.key_used,
+      scratch.narrow_keys, scratch.narrow_key_ready,
+    ),
+    _Part(
+      inputs.values, inputs.value_slots, scratch.values, scratch.value_ready, scratch.value_used,
+      scratch.narrow_values, scratch.narrow_value_ready,
+    ),
+  )  # fmt: skip
+
+
+def _fetch_tiles(call, inputs, parts, pair, row, num_own, low, high):
   block, stages = call.sizes.block_kv, call.sizes.stages
 
-  def fetch(step, keys, values):
+  def fetch(part, step, source):
     slot = lax.rem(step, jnp.int32(stages))
-    for source, buffer, ready, used in (
-      (keys, scratch.keys, scratch.key_ready, scratch.key_used),
-      (values, scratch.values, scratch.value_ready, scratch.value_used),
-    ):
-      pl.when(step >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+    pl.when(step >= stages)(lambda: plgpu.barrier_wait(part.used.at[slot]))
+    plgpu.copy_gmem_to_smem(source, part.wide.at[slot], part.ready.at[slot])
 
   def own(index, _):
-    where = (pair, pl.ds(index * block, block))
-    fetch(index, inputs.keys.at[where], inputs.values.at[where])
+    for part in parts:
+      fetch(part, index, part.own.at[pair, pl.ds(index * block, block)])
 
   def prefix(index, _):
     where = _where_tile_lies(call, inputs, pair, row, index)
-    fetch(num_own + index - low, inputs.key_slots.at[where], inputs.value_slots.at[where])
+    for part in parts:
+      fetch(part, num_own + index - low, part.slots.at[where])
 
   if call.narrow is None:
     lax.fori_loop(0, num_own, own, None)
     if call.has_prefix:
       lax.fori_loop(low, high, prefix, None)
   else:
-    start, widen = _narrow_tiles(call, inputs, scratch, pair, row, num_own, low, high)
+    start, widen = _narrow_tiles(call, inputs, parts, pair, row, num_own, low, high)
     early = jnp.minimum(low + call.sizes.narrow_stages, high)
-    lax.fori_loop(low, early, lambda index, _: start(index), None)
+    lax.fori_loop(low, early, start, None)
     lax.fori_loop(0, num_own, own, None)
-    lax.fori_loop(low, high, lambda index, _: widen(index), None)
+    lax.fori_loop(low, high, widen, None)
 
   def drain(step, _):  # no barrier goes away before all have passed it
-    slot = lax.rem(step, jnp.int32(stages))
-    plgpu.barrier_wait(scratch.key_used.at[slot])
-    plgpu.barrier_wait(scratch.value_used.at[slot])
+    for part in parts:
+      plgpu.barrier_wait(part.used.at[lax.rem(step, jnp.int32(stages))])
 
   total = num_own + high - low
   lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
@@ -310,41 +347,32 @@ def _where_tile_lies(call, inputs, pair, row, index):
   return inputs.first[0] + page * call.num_kv_heads + head, pl.ds(offset, block)
 
 
-def _narrow_tiles(call, inputs, scratch, pair, row, num_own, low, high):
-  """Returns (start, widen), which fetch the index-th tile of 8-bit numbers and hand it on."""
+def _narrow_tiles(call, inputs, parts, pair, row, num_own, low, high):
+  """Returns loop bodies: one has the index-th tile of 8-bit numbers fetched, one hands it on."""
   stages, narrow_stages = call.sizes.stages, call.sizes.narrow_stages
-  parts = (
-    (inputs.key_slots, scratch.narrow_keys, scratch.narrow_key_ready,
-     scratch.keys, scratch.key_ready, scratch.key_used),
-    (inputs.value_slots, scratch.narrow_values, scratch.narrow_value_ready,
-     scratch.values, scratch.value_ready, scratch.value_used),
-  )  # fmt: skip
 
-  def start_part(index, source, narrow, narrow_ready):
+  def fetch(part, index):
     slot = lax.rem(index - low, jnp.int32(narrow_stages))
-    where = _where_tile_lies(call, inputs, pair, row, index)
-    plgpu.copy_gmem_to_smem(source.at[where], narrow.at[slot], narrow_ready.at[slot])
+    source = part.slots.at[_where_tile_lies(call, inputs, pair, row, index)]
+    plgpu.copy_gmem_to_smem(source, part.narrow.at[slot], part.narrow_ready.at[slot])
 
-  def start(index):
-    for source, narrow, narrow_ready, *_ in parts:
-      start_part(index, source, narrow, narrow_ready)
+  def start(index, _):
+    for part in parts:
+      fetch(part, index)
 
-  def widen(index):
+  def widen(index, _):
     step = num_own + index - low
-    slot, narrow_slot = (
-      lax.rem(step, jnp.int32(stages)), lax.rem(index - low, jnp.int32(narrow_stages))
-    )  # fmt: skip
-    for source, narrow, narrow_ready, wide, ready, used in parts:
-      plgpu.barrier_wait(narrow_ready.at[narrow_slot])
-      pl.when(step >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
+    slot = lax.rem(step, jnp.int32(stages))
+    narrow_slot = lax.rem(index - low, jnp.int32(narrow_stages))
+    for part in parts:
+      plgpu.barrier_wait(part.narrow_ready.at[narrow_slot])
+      pl.when(step >= stages)(lambda part=part: plgpu.barrier_wait(part.used.at[slot]))
       for first in range(0, call.sizes.block_kv, _TILE):
         rows = pl.ds(first, _TILE)
-        _widen(call, narrow.at[narrow_slot, rows], wide.at[slot, rows])
+        _widen(call, part.narrow.at[narrow_slot, rows], part.wide.at[slot, rows])
       plgpu.commit_smem()  # all have read and written: for wgmma, and for the next copy
-      plgpu.barrier_arrive(ready.at[slot])
-      pl.when(index + narrow_stages < high)(
-        functools.partial(start_part, index + narrow_stages, source, narrow, narrow_ready)
-      )
+      plgpu.barrier_arrive(part.ready.at[slot])
+      pl.when(index + narrow_stages < high)(functools.partial(fetch, part, index + narrow_stages))
 
   return start, widen
 
