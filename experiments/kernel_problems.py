@@ -178,6 +178,7 @@ def compiled_problems() -> list[Problem]:
     Attention(cache_dtype=jnp.int8, num_queries=1),
     Attention(cache_dtype=jnp.int8, head_dim=256, num_heads=8, num_kv_heads=4),
     Attention(cache_dtype=jnp.float8_e4m3fn),
+    Attention(cache_dtype=jnp.float8_e4m3fn, head_dim=80, num_queries=5),
     Attention(cache_dtype=jnp.float8_e4m3fn, paged=True, windowed=True),
     Attention(paged=True),
     Attention(paged=True, windowed=True),

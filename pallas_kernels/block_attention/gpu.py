@@ -217,8 +217,10 @@ def _run(call, inputs, interpret):
 
 
 def _tiled_memory(shape, dtype):
-  """Returns shared memory as wgmma reads it."""
+  """Returns shared memory as wgmma reads it, swizzled so that threads meet no bank twice."""
   bits = 8 * jnp.dtype(dtype).itemsize
+  if shape[-1] * bits % 256:  # heads of 16, 48, 80, ... numbers of 8 bits, too narrow for it
+    return plgpu.SMEM(shape, dtype)
   swizzle = plgpu.find_swizzle(shape[-1] * bits)
   transforms = (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
   return plgpu.SMEM(shape, dtype, transforms=transforms)
