@@ -1,6 +1,7 @@
 """The float32 GPU kernel of block attention, interpreted, against the XLA form."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def _check(shape, options):
     gpu_float32.block_attention_float32, sizes=sizes, interpret=True, **static
   )
   out = compiled(kernel)(*inputs, **options)
+  static['prefix_block_size'] = math.gcd(128, shape.num_slots)
   expected = compiled(functools.partial(block_attention, implementation='xla', **static))(
     *inputs, **options
   )
@@ -76,9 +78,7 @@ def test_the_kernel_equals_the_reference_with_each_option(name):
 
 def test_without_a_prefix():
   *inputs, _ = make_problem(Shape(num_queries=5))
-  kernel = functools.partial(
-    gpu_float32.block_attention_float32, scale=SCALE, interpret=True
-  )  # fmt: skip
+  kernel = functools.partial(gpu_float32.block_attention_float32, scale=SCALE, interpret=True)
   expected = compiled(functools.partial(block_attention, scale=SCALE))(*inputs)
   np.testing.assert_allclose(compiled(kernel)(*inputs), expected, atol=3e-6)
 
