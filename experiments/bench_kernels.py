@@ -66,6 +66,10 @@ def problems_for(backend: str) -> list[Problem]:
     Attention(paged=True),
     Attention(windowed=True),
     Attention(cache_dtype=jnp.int8),
+    Attention(num_queries=1, prefix=32768, cache_dtype=jnp.int8),
+    Attention(num_queries=1, prefix=32768, cache_dtype=jnp.float8_e4m3fn),
+    Attention(num_queries=1, dtype=jnp.float32),
+    Attention(num_queries=16, dtype=jnp.float32),
   ]
   return [
     *map(attention, shapes),
@@ -159,6 +163,8 @@ def _torch_rows(problem, args, ceilings):
     return [Row(problem.name, 'PyTorch', None, why=str(error))]
   queries, keys, values, mask, prefix, *_ = args
   if prefix.page_table is not None or prefix.key_scale is not None:
+    return []
+  if queries.dtype != jnp.bfloat16:  # which is what PyTorch is measured in
     return []
   shape = (queries.shape, keys.shape[1], prefix.positions.shape[1])
   rows = []

@@ -4,9 +4,10 @@
 
 Counts what the kernel, with the block sizes it would choose, moves and computes: bytes of memory,
 padding and parts of splits included; products, with the rows of queries and the head padded to the
-device's matrix unit; exponentials and other vector operations of the softmax. The estimate is the
-largest of the three times, each at a stated share of the device's published peak, plus on a TPU the
-fixed cost of the grid's steps where memory does not hide it. Axes as in `kernel_problems`.
+device's matrix unit; exponentials and other vector operations of the softmax; on a GPU what widens
+an 8-bit cache, by the instructions that the compiler makes of it. The estimate is the largest of
+these times, each at a stated share of the device's published peak, plus on a TPU the fixed cost of
+the grid's steps where memory does not hide it. Axes as in `kernel_problems`.
 """
 
 import argparse
@@ -41,6 +42,8 @@ DEVICES = {
 _MEMORY_SHARE = 0.9  # of peak, as copies reach
 _MATRIX_SHARE = 0.65  # of peak, as good attention kernels reach
 _OPS_PER_SCORE = 12  # scale, mask, maximum, exponential, sum, conversion
+_OPS_PER_WIDENED = 4  # of a number of 8 bits: read, convert by way of float32, arrange, write
+_LONE_WARPGROUP = 0.5  # of the issue slots that one warpgroup fills, having nothing to switch to
 _STEP_SECONDS = 0.35e-6  # of a TPU grid step that memory does not hide
 
 
@@ -60,17 +63,24 @@ class Estimate(NamedTuple):
 def estimate(name: str, shape: Attention) -> Estimate:
   """Returns the estimate of a device for a problem with full rows."""
   device, problem = DEVICES[name], attention(shape)
-  count = _on_gpu if name == 'h200' else _on_tpu
+  count = _on_tpu
+  if name == 'h200':
+    count = _on_gpu_in_float32 if shape.dtype == jnp.float32 else _on_gpu
   moved, rows, fast_memory, fixed, detail = count(device, shape)
   unit = device.matrix_unit if name != 'h200' else 1
+  flops_per_second = device.flops_per_second
+  if name == 'h200' and shape.dtype == jnp.float32:  # multiplied and added by the vector units
+    flops_per_second = 2 * device.vector_ops_per_second
   head = -(-shape.head_dim // unit) * unit
   pairs = shape.batch * shape.num_kv_heads * (shape.prefix + shape.num_queries)
   flops = 4 * pairs * max(rows, unit) * head
   times = {
     'memory': moved / device.bytes_per_second / _MEMORY_SHARE,
-    'products': flops / device.flops_per_second / _MATRIX_SHARE,
+    'products': flops / flops_per_second / _MATRIX_SHARE,
     'softmax': pairs * rows * _OPS_PER_SCORE / device.vector_ops_per_second,
   }
+  if name == 'h200':
+    times['widening'] = _widening_seconds(device, shape)
   bound = max(times, key=times.__getitem__)
   seconds = max(times[bound], fixed)
   return Estimate(
@@ -93,6 +103,17 @@ def _bytes_outside(shape, rows, rows_out, tokens, num_splits):
 def _cache_bytes(shape):
   size = jnp.dtype(shape.cache_dtype or shape.dtype).itemsize
   return 2 * shape.batch * shape.num_kv_heads * shape.prefix * shape.head_dim * size
+
+
+def _widening_seconds(device, shape):
+  """Returns the time a GPU takes to widen an 8-bit cache, once for each tile of queries."""
+  if shape.cache_dtype is None or shape.dtype == jnp.float32:
+    return 0.0
+  num_rows = shape.num_queries * (shape.num_heads // shape.num_kv_heads)
+  tiles, warpgroups = (1, 2) if num_rows <= 64 else (-(-num_rows // 128), 1)
+  numbers = tiles * _cache_bytes(shape)
+  rate = device.vector_ops_per_second * _LONE_WARPGROUP * warpgroups
+  return numbers * _OPS_PER_WIDENED / rate
 
 
 def _on_tpu(device, shape):
@@ -119,17 +140,34 @@ def _on_gpu(device, shape):
   rows = -(-num_rows // (64 * groups)) * 64 * groups
   tiles, pairs = rows // (64 * groups), shape.batch * shape.num_kv_heads
   page = 128 if shape.paged else None
+  narrow = shape.cache_dtype is not None
   sizes = block_sizes.gpu_block_sizes(
-    device.kind, shape.head_dim, pairs * tiles, shape.prefix, page
+    device.kind, shape.head_dim, pairs * tiles, shape.prefix, page, narrow
   )
   tokens = -(-shape.num_queries // sizes.block_kv) * sizes.block_kv
   rows_out = rows if groups > 1 else -(-num_rows // 8) * 8
   moved = _cache_bytes(shape) + _bytes_outside(shape, rows, rows_out, tokens, sizes.num_splits)
   used = 2 * shape.head_dim * (groups * 64 + 2 * sizes.stages * sizes.block_kv)
+  if narrow:
+    used += 2 * shape.head_dim * sizes.narrow_stages * sizes.block_kv
   blocks = pairs * tiles * sizes.num_splits
   resident = max(1, int(227 * 1024 // used))
   detail = f'{sizes.num_splits} splits, {blocks} thread blocks, {resident} a multiprocessor'
   return moved, rows, used, 0.0, detail
+
+
+def _on_gpu_in_float32(device, shape):
+  num_rows = shape.num_queries * (shape.num_heads // shape.num_kv_heads)
+  pairs = shape.batch * shape.num_kv_heads
+  sizes = block_sizes.float32_block_sizes(
+    device.kind, shape.head_dim, num_rows, pairs, shape.prefix
+  )
+  rows = -(-num_rows // sizes.rows) * sizes.rows
+  tokens = -(-shape.num_queries // sizes.block_kv) * sizes.block_kv
+  moved = _cache_bytes(shape) + _bytes_outside(shape, rows, rows, tokens, sizes.num_splits)
+  used = 4 * shape.head_dim * (sizes.rows + 2 * sizes.stages * sizes.block_kv)
+  blocks = pairs * (rows // sizes.rows) * sizes.num_splits
+  return moved, rows, used, 0.0, f'{sizes.num_splits} splits, {blocks} thread blocks'
 
 
 def render(estimates: list[Estimate]) -> str:
@@ -161,7 +199,14 @@ def main(argv=None) -> int:
     Attention(num_queries=64, prefix=32768),
     Attention(num_queries=64, prefix=32768, num_heads=8),
   ]
-  print(render([estimate(name, shape) for name in options.devices for shape in shapes]))
+  more = {
+    'h200': [
+      *(Attention(num_queries=n, prefix=32768, cache_dtype=jnp.int8) for n in (1, 16, 64)),
+      *(Attention(num_queries=n, prefix=32768, dtype=jnp.float32) for n in (1, 16, 64)),
+    ]
+  }
+  jobs = [(name, s) for name in options.devices for s in (*shapes, *more.get(name, []))]
+  print(render([estimate(*job) for job in jobs]))
   return 0
 
 

@@ -30,6 +30,7 @@ from experiments.ragged_attention import window_options
 from pallas_kernels.block_attention import block_attention
 
 _HALF = functools.partial(Shape, dtype=jnp.bfloat16, num_heads=32, num_kv_heads=8, head_dim=128)
+_WHOLE = functools.partial(_HALF, dtype=jnp.float32)
 _ATTENTION = {
   'one token': (_HALF(num_queries=1, num_slots=4096, lengths=(0, 1, 511, 4096)), {}),
   'a tree of 64': (_HALF(num_queries=64, num_slots=2048, lengths=(0, 1, 129, 2048)), {}),
@@ -43,9 +44,62 @@ _ATTENTION = {
   'head size 256': (
     _HALF(num_queries=16, num_heads=8, num_kv_heads=4, head_dim=256, lengths=(0, 250)), {},
   ),
+  'int8, one token': (
+    _HALF(num_queries=1, cache_dtype=jnp.int8, num_slots=4096, lengths=(0, 1, 511, 4096)), {},
+  ),
+  'int8, a tree of 64': (
+    _HALF(num_queries=64, cache_dtype=jnp.int8, num_slots=2048, lengths=(0, 1, 129, 2048)), {},
+  ),
+  'int8, pages, window': (
+    _HALF(
+      num_queries=16, cache_dtype=jnp.int8, num_slots=2048, page_size=128, lengths=(0, 1, 1999),
+    ),
+    dict(window=300),
+  ),
+  'float8, a tree of 64': (
+    _HALF(
+      num_queries=64, cache_dtype=jnp.float8_e4m3fn, num_slots=2048, lengths=(0, 1, 129, 2048),
+    ),
+    {},
+  ),
+  'float8, pages, head size 80': (
+    _HALF(
+      num_queries=5, cache_dtype=jnp.float8_e4m3fn, head_dim=80, num_slots=1024, page_size=64,
+      lengths=(0, 65, 1000),
+    ),
+    {},
+  ),
+  'float8, head size 256': (
+    _HALF(
+      num_queries=40, num_heads=8, num_kv_heads=4, head_dim=256, cache_dtype=jnp.float8_e5m2,
+      lengths=(0, 250),
+    ),
+    {},
+  ),
+  'float32, one token': (
+    _WHOLE(num_queries=1, num_slots=4096, lengths=(0, 1, 511, 4096)), {},
+  ),
+  'float32, a tree of 64, soft cap': (
+    _WHOLE(num_queries=64, num_slots=1024, lengths=(0, 129, 1024)), dict(soft_cap=5.0),
+  ),
+  'float32, pages, window, head size 80': (
+    _WHOLE(num_queries=5, head_dim=80, num_slots=1024, page_size=64, lengths=(0, 65, 1000)),
+    dict(window=300),
+  ),
+  'float32, int8, head size 256': (
+    _WHOLE(
+      num_queries=16, num_heads=8, num_kv_heads=4, head_dim=256, cache_dtype=jnp.int8,
+      lengths=(0, 250),
+    ),
+    {},
+  ),
+  'float32, float8': (
+    _WHOLE(num_queries=16, cache_dtype=jnp.float8_e4m3fn, num_slots=1024, lengths=(0, 1000)), {},
+  ),
   'multi-query': (_HALF(num_queries=16, num_kv_heads=1, num_slots=1024, lengths=(0, 1000)), {}),
 }  # fmt: skip
 _TOLERANCE = 0.02  # of bfloat16, absolute and relative
+_FLOAT32_TOLERANCE = 1e-4
 
 
 def check_attention(name: str, implementation: str) -> str:
@@ -58,9 +112,12 @@ def check_attention(name: str, implementation: str) -> str:
 
   def run(which):
     call = functools.partial(block_attention, scale=SCALE, soft_cap=soft_cap, implementation=which)
-    return np.asarray(jax.jit(call)(*inputs, **options), np.float32)
+    # XLA would round what it multiplies in float32.
+    with jax.default_matmul_precision('highest' if which == 'xla' else None):
+      return np.asarray(jax.jit(call)(*inputs, **options), np.float32)
 
-  return _compare(run(implementation), run('xla'))
+  tolerance = _FLOAT32_TOLERANCE if shape.dtype == jnp.float32 else _TOLERANCE
+  return _compare(run(implementation), run('xla'), tolerance)
 
 
 def check_problem(problem: Problem, implementation: str) -> str:

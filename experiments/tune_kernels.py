@@ -4,8 +4,9 @@
 
 On a TPU: how many slots a step reads, and over how many splits. On a GPU: how many thread blocks
 are wanted for each multiprocessor. Every candidate is timed on prefixes of 1k, 8k and 32k slots
-with 1, 16 and 64 tokens. The one with the smallest geometric mean of times, each relative to the
-best of its problem, is printed as an entry for `pallas_kernels/block_attention/block_sizes.py`.
+with 1, 16 and 64 tokens, on a cache of 8 bits and in float32: one table serves all. The one with
+the smallest geometric mean of times, each relative to the best of its problem, is printed as an
+entry for `pallas_kernels/block_attention/block_sizes.py`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 
 from experiments.kernel_problems import Attention
 from experiments.kernel_problems import Problem
@@ -26,6 +28,11 @@ _SHAPES = [
   Attention(num_queries=num_queries, prefix=prefix)
   for prefix in (1024, 8192, 32768)
   for num_queries in (1, 16, 64)
+]
+_SHAPES += [
+  Attention(num_queries=num_queries, **options)
+  for options in (dict(cache_dtype=jnp.int8), dict(dtype=jnp.float32))
+  for num_queries in (1, 16)
 ]
 _TPU = list(itertools.product((128, 256, 512, 1024), (1, 2)))
 _GPU = [1, 2, 3, 4]

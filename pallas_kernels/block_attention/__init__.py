@@ -1,6 +1,7 @@
 """Attention of a block of new tokens over a cached prefix and over itself under any mask."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.block_attention.reference import Prefix as Prefix
 from pallas_kernels.block_attention.reference import block_attention_reference
@@ -68,6 +69,11 @@ def block_attention(
     return run
 
   def load(name):
+    if name == 'gpu' and queries.dtype == jnp.float32:
+      from pallas_kernels.block_attention import gpu_float32
+
+      run = bind(gpu_float32.block_attention_float32)
+      return Kernel(run, gpu_float32.why_not(queries, keys, prefix))
     if name == 'gpu':
       from pallas_kernels.block_attention import gpu
 

@@ -100,6 +100,7 @@ class GpuBlockSizes(NamedTuple):
   block_kv: int  # slots of a tile
   stages: int  # tiles on their way
   num_splits: int  # thread blocks that share a row's prefix
+  narrow_stages: int = 2  # of an 8-bit cache: its tiles on their way; `stages` are then widened
 
 
 _SHARED_MEMORY = 200 * 2**10  # bytes of a Hopper thread block's 227 KiB
@@ -114,7 +115,12 @@ _SHORT = 4096  # slots; with fewer, padding the block itself to a large tile wou
 
 
 def gpu_block_sizes(
-  kind: str, head_dim: int, num_blocks: int, num_slots: int, page_size: int | None
+  kind: str,
+  head_dim: int,
+  num_blocks: int,
+  num_slots: int,
+  page_size: int | None,
+  narrow: bool = False,
 ) -> GpuBlockSizes:
   """Returns sizes for a device kind: full shared memory, and splits enough to fill the device.
 
@@ -124,16 +130,49 @@ def gpu_block_sizes(
     num_blocks: thread blocks without splits: rows, key heads and tiles of queries.
     num_slots: S.
     page_size: of a paged cache.
+    narrow: whether the cache holds 8-bit numbers.
   """
-  block_kv = 128 if head_dim <= 128 and num_slots > _SHORT else 64
+  block_kv = 128 if head_dim <= 128 and num_slots > _SHORT and not narrow else 64
   for size in (page_size, num_slots):
     if size and size % block_kv:
       block_kv = 64
   tile = 2 * block_kv * head_dim * 2  # keys and values
   queries = 2 * 64 * head_dim * 2
+  splits = _num_splits(num_blocks, num_slots, GPU_TABLE.get(kind, _SAFE_WAVES))
+  if narrow:
+    left = _SHARED_MEMORY - queries
+    stages = 2 if 2 * tile + tile // 2 <= left else 1
+    return GpuBlockSizes(block_kv, stages, splits, min(4, 2 * (left - stages * tile) // tile))
   stages = max(2, min(4, (_SHARED_MEMORY - queries) // tile))
-  waves = GPU_TABLE.get(kind, _SAFE_WAVES)
-  return GpuBlockSizes(block_kv, stages, _num_splits(num_blocks, num_slots, waves))
+  return GpuBlockSizes(block_kv, stages, splits)
+
+
+class Float32BlockSizes(NamedTuple):
+  """How the GPU kernel for float32 cuts up its work."""
+
+  rows: int  # of queries
+  block_kv: int  # slots of a tile
+  num_splits: int  # thread blocks that share a row's prefix
+  num_warps: int
+  stages: int = 2  # tiles on their way
+
+
+def float32_block_sizes(
+  kind: str, head_dim: int, num_rows: int, num_pairs: int, num_slots: int
+) -> Float32BlockSizes:
+  """Returns sizes for a device kind: tiles that registers hold, and splits that fill the device.
+
+  Args:
+    kind: as in `jax.Device.device_kind`.
+    head_dim: Dh.
+    num_rows: rows of queries of one key head.
+    num_pairs: rows of the batch times key heads.
+    num_slots: S.
+  """
+  rows = 16 if num_rows <= 16 or head_dim > 128 else 32
+  waves = 2 * GPU_TABLE.get(kind, _SAFE_WAVES)  # they are small
+  splits = _num_splits(num_pairs * -(-num_rows // rows), num_slots, waves)
+  return Float32BlockSizes(rows, 32, splits, rows // 4)
 
 
 def _num_splits(num_blocks, num_slots, waves):

@@ -3,7 +3,9 @@
 A thread block is one split of one row's slots for one key head and a tile of its queries. One
 warpgroup fetches keys and values into a ring of buffers in shared memory, one or two multiply;
 the first split begins with the block itself. What the splits found is merged outside. A
-contiguous cache and a paged one differ in where a tile is fetched from, and in nothing else.
+contiguous cache and a paged one differ in where a tile is fetched from, and in nothing else. A
+cache of 8-bit numbers is fetched into a ring of its own, from where the warpgroup that fetches, or
+two of them, widens it into the other: those that multiply see no difference but the scales.
 
 Axes: `B` batch, `T` queries, `N` block tokens, `S` cache slots, `P` pages, `L` layers, `Hkv`
 key/value heads, `G` query heads a key head, `R` rows of queries (G * T, padded), `Dh` head size,
@@ -23,16 +25,14 @@ import jax.numpy as jnp
 from pallas_kernels.block_attention import block_sizes
 from pallas_kernels.block_attention.reference import MASKED
 from pallas_kernels.block_attention.reference import Prefix
-from pallas_kernels.block_attention.reference import group_queries
-from pallas_kernels.block_attention.reference import ungroup
-from pallas_kernels.block_attention.rows import narrow_mask
-from pallas_kernels.block_attention.rows import needed_blocks
 from pallas_kernels.block_attention.rows import round_up
-from pallas_kernels.block_attention.rows import spread_rows
+from pallas_kernels.block_attention.splits import SplitInputs
+from pallas_kernels.block_attention.splits import join_splits
+from pallas_kernels.block_attention.splits import split_inputs
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.masks import WORD
-from pallas_kernels.masks import pack_mask
 
+_NARROW = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 _TILE = 64  # rows of queries of one warpgroup: the height of a wgmma
 _LOG2E = math.log2(math.e)
 _BY_ROW, _BY_LANE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -45,8 +45,12 @@ def why_not(queries: jax.Array, keys: jax.Array, prefix: Prefix | None) -> str |
   if queries.shape[3] % 16 or queries.shape[3] > 256:
     return f'a head has a multiple of 16 elements, at most 256: {queries.shape=}'
   if prefix is not None:
-    if prefix.keys.dtype != queries.dtype:
-      return f'wgmma cannot read a cache of other numbers: {prefix.keys.dtype=}, {queries.dtype=}'
+    widened = _NARROW if queries.dtype == jnp.bfloat16 else ()
+    if prefix.keys.dtype not in (queries.dtype, *widened):
+      return (
+        'a cache is like the queries or, of bfloat16 queries, has 8 bits: '
+        f'{prefix.keys.dtype=}, {queries.dtype=}'
+      )
     if prefix.keys.shape[3] % 64:
       what = 'cache' if prefix.page_table is None else 'page'
       return f'a {what} must hold a multiple of 64 slots: {prefix.keys.shape=}'
@@ -58,35 +62,18 @@ class _Call(NamedTuple):
 
   sizes: block_sizes.GpuBlockSizes
   num_groups: int  # warpgroups that multiply
+  num_fetchers: int  # warpgroups that fetch
   num_queries: int  # rows that are not padding
   num_kv_heads: int
   head_dim: int
   num_own: int  # tiles of the block itself
-  num_words: int  # W
   per_page: int | None  # tiles of a page; None if the cache is contiguous
   windowed: bool
   has_prefix: bool
   soft_cap: float | None
   dtype: Any
+  narrow: Any  # dtype of an 8-bit cache, or None
   interpreted: bool
-
-
-class _Inputs(NamedTuple):
-  """What the kernel reads; absent parts are None."""
-
-  queries: Any  # f[B * Hkv, R, Dh]
-  keys: Any  # f[B * Hkv, N, Dh]
-  values: Any
-  words: Any  # i32[B, W, R]
-  key_slots: Any = None  # f[L * B * Hkv, S, Dh] or f[L * P * Hkv, page, Dh]
-  value_slots: Any = None
-  first: Any = None  # i32[1] index of the layer's first row of slots
-  length: Any = None  # i32[B]
-  count: Any = None  # i32[B] tiles of the prefix that a row reads
-  page_table: Any = None  # i32[B, S / page]
-  tiles: Any = None  # i32[B, S / block] which tiles, under a window
-  lowest: Any = None  # i32[B, R] a query sees positions greater than this
-  positions: Any = None  # i32[B, S]
 
 
 class _Scratch(NamedTuple):
@@ -102,6 +89,10 @@ class _Scratch(NamedTuple):
   key_used: Any
   value_used: Any
   cleared: Any
+  narrow_keys: Any = None  # [narrow stages, block, Dh]
+  narrow_values: Any = None
+  narrow_key_ready: Any = None
+  narrow_value_ready: Any = None
 
 
 def block_attention_gpu(
@@ -129,87 +120,43 @@ def block_attention_gpu(
   and their merging as in Flash-Decoding.
   """
   batch, num_queries, num_heads, head_dim = queries.shape
-  num_kv_heads, num_tokens = keys.shape[1:3]
+  num_kv_heads = keys.shape[1]
   group = num_heads // num_kv_heads
   num_groups = 1 if num_queries * group <= _TILE else 2
   num_rows = round_up(num_queries * group, _TILE * num_groups)
+  narrow = prefix is not None and prefix.keys.dtype.itemsize == 1
   if sizes is None:
     page = None if prefix is None or prefix.page_table is None else prefix.keys.shape[3]
     num_blocks = batch * num_kv_heads * (num_rows // (_TILE * num_groups))
     num_slots = 0 if prefix is None else prefix.positions.shape[1]
-    sizes = block_sizes.gpu_block_sizes(device_kind(), head_dim, num_blocks, num_slots, page)
-  padded = round_up(num_tokens, sizes.block_kv)
-  lowest = None
-  if window is not None:
-    assert query_positions is not None and key_positions is not None
-    lowest = query_positions - window
-    mask = narrow_mask(mask, num_tokens, window, query_positions, key_positions)
-  words = pack_mask(mask) if mask.dtype == jnp.bool_ else mask
-  words = jnp.pad(words, [(0, 0), (0, 0), (0, padded // WORD - words.shape[2])])
-  rows = [(0, 0), (0, 0), (0, num_rows - num_queries * group), (0, 0)]
-  tokens = [(0, 0), (0, 0), (0, padded - num_tokens), (0, 0)]
+    sizes = block_sizes.gpu_block_sizes(
+      device_kind(), head_dim, num_blocks, num_slots, page, narrow
+    )
+  inputs = split_inputs(
+    queries, keys, values, mask, prefix, scale=scale, window=window,
+    query_positions=query_positions, key_positions=key_positions,
+    num_rows=num_rows, block_kv=sizes.block_kv,
+  )  # fmt: skip
   call = _Call(
     sizes=sizes,
     num_groups=num_groups,
+    # Few queries leave the memory as the limit: keys and values are then widened side by side.
+    num_fetchers=2 if narrow and num_groups == 1 else 1,
     num_queries=num_queries * group,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
-    num_own=padded // sizes.block_kv,
-    num_words=words.shape[2],
+    num_own=inputs.keys.shape[1] // sizes.block_kv,
     per_page=None if prefix is None or prefix.page_table is None
     else prefix.keys.shape[3] // sizes.block_kv,
     windowed=window is not None and prefix is not None,
     has_prefix=prefix is not None,
     soft_cap=soft_cap,
     dtype=queries.dtype,
+    narrow=prefix.keys.dtype if prefix is not None and narrow else None,
     interpreted=interpret is not None,
   )  # fmt: skip
-  inputs = _Inputs(
-    queries=_flat(jnp.pad(group_queries(queries, num_kv_heads, scale), rows)),
-    keys=_flat(jnp.pad(keys, tokens)),
-    values=_flat(jnp.pad(values, tokens)),
-    words=spread_rows(words, group, num_rows).transpose(0, 2, 1),
-  )
-  if prefix is not None:
-    inputs = inputs._replace(**_prefix_inputs(call, prefix, lowest, group, num_rows))
   mixed, peaks = _run(call, inputs, interpret)
-  mixed = mixed.reshape(-1, batch, num_kv_heads, *mixed.shape[2:])
-  if sizes.num_splits > 1:
-    mixed = _merge(mixed, peaks.reshape(*mixed.shape[:3], -1)[..., : mixed.shape[3]])
-  else:
-    mixed = mixed[0]
-  return ungroup(mixed[:, :, : num_queries * group].astype(queries.dtype), queries.shape)
-
-
-def _flat(array):
-  """Returns f[x, n, Dh], a view with the leading axes as one."""
-  return array.reshape(-1, *array.shape[-2:])
-
-
-def _prefix_inputs(call, prefix, lowest, group, num_rows):
-  block = call.sizes.block_kv
-  wanted = needed_blocks(prefix, block, None if lowest is None else lowest.min(-1))
-  found = dict(
-    key_slots=_flat(prefix.keys),
-    value_slots=_flat(prefix.values),
-    first=(prefix.layer * math.prod(prefix.keys.shape[1:3])).reshape(1),
-    length=prefix.length,
-    count=wanted.sum(1, dtype=jnp.int32),
-    page_table=prefix.page_table,
-  )
-  if lowest is not None:
-    found |= dict(
-      tiles=jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32),
-      lowest=spread_rows(lowest[..., None], group, num_rows)[..., 0],
-      positions=prefix.positions,
-    )
-  return found
-
-
-def _merge(mixed, peaks):
-  """Returns f32[B, Hkv, R, Dh] from the outputs and log2-normalisers of splits, f[Z, B, Hkv, R]."""
-  weight = jnp.exp2(peaks - peaks.max(0, keepdims=True))[..., None]
-  return (mixed.astype(jnp.float32) * weight).sum(0) / weight.sum(0)
+  return join_splits(mixed, peaks, queries.shape, num_kv_heads)
 
 
 # --- The call ------------------------------------------------------------------------------------
@@ -220,22 +167,28 @@ def _run(call, inputs, interpret):
   present = {name: a for name, a in inputs._asdict().items() if a is not None}
   num_pairs, num_rows, head_dim = inputs.queries.shape
   rows_out = _rows_out(call, num_rows)
-  swizzle = plgpu.find_swizzle(head_dim * 16)
-  tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
   sizes, groups = call.sizes, call.num_groups
+  tile = (sizes.block_kv, head_dim)
+
+  narrow = ()
+  if call.narrow is not None:
+    narrow = (
+      *[_tiled_memory((sizes.narrow_stages, *tile), call.narrow)] * 2,
+      *[plgpu.Barrier(num_barriers=sizes.narrow_stages)] * 2,
+    )
 
   def body(*refs):
     named = dict(zip(present, refs, strict=False))
     out_refs = refs[len(present) :]
 
     def scoped(*scratch):
-      _kernel(call, _Inputs(**named), out_refs, _Scratch(*scratch))
+      _kernel(call, SplitInputs(**named), out_refs, _Scratch(*scratch))
 
     pl.run_scoped(
       scoped,
-      plgpu.SMEM((groups, _TILE, head_dim), call.dtype, transforms=tiled),
-      plgpu.SMEM((sizes.stages, sizes.block_kv, head_dim), call.dtype, transforms=tiled),
-      plgpu.SMEM((sizes.stages, sizes.block_kv, head_dim), call.dtype, transforms=tiled),
+      _tiled_memory((groups, _TILE, head_dim), call.dtype),
+      _tiled_memory((sizes.stages, *tile), call.dtype),
+      _tiled_memory((sizes.stages, *tile), call.dtype),
       plgpu.SMEM((groups, _TILE), jnp.float32),
       plgpu.Barrier(num_barriers=sizes.stages),
       plgpu.Barrier(num_barriers=sizes.stages),
@@ -243,6 +196,7 @@ def _run(call, inputs, interpret):
       plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
       plgpu.Barrier(num_arrivals=groups, num_barriers=sizes.stages),
       plgpu.Barrier(num_arrivals=groups),
+      *narrow,
       collective_axes='group',
     )
 
@@ -254,12 +208,22 @@ def _run(call, inputs, interpret):
     ),
     grid=(num_rows // (_TILE * groups), sizes.num_splits, num_pairs),
     grid_names=('tile', 'split', 'pair'),
-    num_threads=groups + 1,
+    num_threads=groups + call.num_fetchers,
     thread_name='group',
     compiler_params=plgpu.CompilerParams(approx_math=True),
     **({} if interpret is None else {'interpret': interpret}),
   )
   return kernel(*present.values())
+
+
+def _tiled_memory(shape, dtype):
+  """Returns shared memory as wgmma reads it, swizzled so that threads meet no bank twice."""
+  bits = 8 * jnp.dtype(dtype).itemsize
+  if shape[-1] * bits % 256:  # heads of 16, 48, 80, ... numbers of 8 bits, too narrow for it
+    return plgpu.SMEM(shape, dtype)
+  swizzle = plgpu.find_swizzle(shape[-1] * bits)
+  transforms = (plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle))
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _rows_out(call, num_rows):
@@ -279,17 +243,29 @@ def _kernel(call, inputs, outs, scratch):
     low = jnp.minimum(split * share, count)
     high = jnp.minimum(low + share, count)
 
-  @pl.when(group == call.num_groups)
-  def _fetch():
-    if call.num_groups > 1:
-      plgpu.set_max_registers(40, action='decrease')
-    _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high)
+  few, many = _registers(call)
+  parts = _parts(inputs, scratch)
+  each = len(parts) // call.num_fetchers
+  for index in range(call.num_fetchers):
+
+    @pl.when(group == call.num_groups + index)
+    def _fetch(parts=parts[index * each : (index + 1) * each]):
+      if few is not None:
+        plgpu.set_max_registers(few, action='decrease')
+      _fetch_tiles(call, inputs, parts, pair, row, num_own, low, high)
 
   @pl.when(group < call.num_groups)
   def _multiply():
-    if call.num_groups > 1:
-      plgpu.set_max_registers(232, action='increase')
+    if many is not None:
+      plgpu.set_max_registers(many, action='increase')
     _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, high)
+
+
+def _registers(call):
+  """Returns how many a thread has that fetches and one that multiplies; None: an equal share."""
+  if call.num_groups == 1:
+    return (None, None) if call.num_fetchers == 1 else (72, 240)
+  return (40, 232) if call.narrow is None else (72, 216)
 
 
 def _tile_of(inputs, row, index):
@@ -297,48 +273,118 @@ def _tile_of(inputs, row, index):
   return index if inputs.tiles is None else inputs.tiles[row, index]
 
 
-# --- The warpgroup that fetches ------------------------------------------------------------------
+# --- The warpgroups that fetch --------------------------------------------------------------------
 
 
-def _fetch_tiles(call, inputs, scratch, pair, row, num_own, low, high):
+class _Part(NamedTuple):
+  """Keys or values, and how they come to those that multiply."""
+
+  own: Any
+  slots: Any
+  wide: Any  # [stages, block, Dh]
+  ready: Any
+  used: Any
+  narrow: Any  # [narrow stages, block, Dh], or None
+  narrow_ready: Any
+
+
+def _parts(inputs, scratch):
+  """Returns (keys, values)."""
+  return (
+    _Part(
+      inputs.keys, inputs.key_slots, scratch.keys, scratch.key_ready, scratch.key_used,
+      scratch.narrow_keys, scratch.narrow_key_ready,
+    ),
+    _Part(
+      inputs.values, inputs.value_slots, scratch.values, scratch.value_ready, scratch.value_used,
+      scratch.narrow_values, scratch.narrow_value_ready,
+    ),
+  )  # fmt: skip
+
+
+def _fetch_tiles(call, inputs, parts, pair, row, num_own, low, high):
   block, stages = call.sizes.block_kv, call.sizes.stages
 
-  def fetch(step, keys, values):
+  def fetch(part, step, source):
     slot = lax.rem(step, jnp.int32(stages))
-    for source, buffer, ready, used in (
-      (keys, scratch.keys, scratch.key_ready, scratch.key_used),
-      (values, scratch.values, scratch.value_ready, scratch.value_used),
-    ):
-      pl.when(step >= stages)(lambda used=used: plgpu.barrier_wait(used.at[slot]))
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+    pl.when(step >= stages)(lambda: plgpu.barrier_wait(part.used.at[slot]))
+    plgpu.copy_gmem_to_smem(source, part.wide.at[slot], part.ready.at[slot])
 
   def own(index, _):
-    where = (pair, pl.ds(index * block, block))
-    fetch(index, inputs.keys.at[where], inputs.values.at[where])
+    for part in parts:
+      fetch(part, index, part.own.at[pair, pl.ds(index * block, block)])
 
   def prefix(index, _):
-    tile = _tile_of(inputs, row, index)
-    if call.per_page is None:
-      where = (inputs.first[0] + pair, pl.ds(tile * block, block))
-    else:
-      page = inputs.page_table[row, lax.div(tile, jnp.int32(call.per_page))]
-      head = lax.rem(pair, jnp.int32(call.num_kv_heads))
-      offset = lax.rem(tile, jnp.int32(call.per_page)) * block
-      where = (inputs.first[0] + page * call.num_kv_heads + head, pl.ds(offset, block))
-    step = num_own + index - low
-    fetch(step, inputs.key_slots.at[where], inputs.value_slots.at[where])
+    where = _where_tile_lies(call, inputs, pair, row, index)
+    for part in parts:
+      fetch(part, num_own + index - low, part.slots.at[where])
 
-  lax.fori_loop(0, num_own, own, None)
-  if call.has_prefix:
-    lax.fori_loop(low, high, prefix, None)
+  if call.narrow is None:
+    lax.fori_loop(0, num_own, own, None)
+    if call.has_prefix:
+      lax.fori_loop(low, high, prefix, None)
+  else:
+    start, widen = _narrow_tiles(call, inputs, parts, pair, row, num_own, low, high)
+    early = jnp.minimum(low + call.sizes.narrow_stages, high)
+    lax.fori_loop(low, early, start, None)
+    lax.fori_loop(0, num_own, own, None)
+    lax.fori_loop(low, high, widen, None)
 
   def drain(step, _):  # no barrier goes away before all have passed it
-    slot = lax.rem(step, jnp.int32(stages))
-    plgpu.barrier_wait(scratch.key_used.at[slot])
-    plgpu.barrier_wait(scratch.value_used.at[slot])
+    for part in parts:
+      plgpu.barrier_wait(part.used.at[lax.rem(step, jnp.int32(stages))])
 
   total = num_own + high - low
   lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+
+def _where_tile_lies(call, inputs, pair, row, index):
+  """Returns the index into the slots of the index-th tile that the row reads."""
+  block, tile = call.sizes.block_kv, _tile_of(inputs, row, index)
+  if call.per_page is None:
+    return inputs.first[0] + pair, pl.ds(tile * block, block)
+  page = inputs.page_table[row, lax.div(tile, jnp.int32(call.per_page))]
+  head = lax.rem(pair, jnp.int32(call.num_kv_heads))
+  offset = lax.rem(tile, jnp.int32(call.per_page)) * block
+  return inputs.first[0] + page * call.num_kv_heads + head, pl.ds(offset, block)
+
+
+def _narrow_tiles(call, inputs, parts, pair, row, num_own, low, high):
+  """Returns loop bodies: one has the index-th tile of 8-bit numbers fetched, one hands it on."""
+  stages, narrow_stages = call.sizes.stages, call.sizes.narrow_stages
+
+  def fetch(part, index):
+    slot = lax.rem(index - low, jnp.int32(narrow_stages))
+    source = part.slots.at[_where_tile_lies(call, inputs, pair, row, index)]
+    plgpu.copy_gmem_to_smem(source, part.narrow.at[slot], part.narrow_ready.at[slot])
+
+  def start(index, _):
+    for part in parts:
+      fetch(part, index)
+
+  def widen(index, _):
+    step = num_own + index - low
+    slot = lax.rem(step, jnp.int32(stages))
+    narrow_slot = lax.rem(index - low, jnp.int32(narrow_stages))
+    for part in parts:
+      plgpu.barrier_wait(part.narrow_ready.at[narrow_slot])
+      pl.when(step >= stages)(lambda part=part: plgpu.barrier_wait(part.used.at[slot]))
+      for first in range(0, call.sizes.block_kv, _TILE):
+        rows = pl.ds(first, _TILE)
+        _widen(call, part.narrow.at[narrow_slot, rows], part.wide.at[slot, rows])
+      plgpu.commit_smem()  # all have read and written: for wgmma, and for the next copy
+      plgpu.barrier_arrive(part.ready.at[slot])
+      pl.when(index + narrow_stages < high)(functools.partial(fetch, part, index + narrow_stages))
+
+  return start, widen
+
+
+def _widen(call, narrow, wide):
+  """Writes 64 rows of 8-bit numbers as numbers that wgmma multiplies; the change is exact."""
+  content = _load(call, narrow, plgpu.Layout.WGMMA_UPCAST_2X)
+  if call.narrow != jnp.int8:  # floats have no shorter way to bfloat16
+    content = content.astype(jnp.float32)
+  wide[...] = content.astype(call.dtype)
 
 
 # --- The warpgroups that multiply ----------------------------------------------------------------
@@ -352,12 +398,17 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   ready = scratch.query_ready.at[group]
   plgpu.copy_gmem_to_smem(inputs.queries.at[pair, rows], queries, ready)
   plgpu.barrier_wait(ready)
+  scales = None
+  if call.narrow is not None:
+    head = lax.rem(pair, jnp.int32(call.num_kv_heads))
+    scales = inputs.key_scale[head], inputs.value_scale[head]
 
   def own(index, carry):
     visible = functools.partial(
       _unpack, call, inputs.words, row, rows, index * (block // WORD), block
     )
-    return _step(call, scratch, queries, lax.rem(index, jnp.int32(stages)), visible, None, carry)
+    slot = lax.rem(index, jnp.int32(stages))
+    return _step(call, scratch, queries, slot, visible, None, None, carry)
 
   def prefix(ragged, index, carry):
     tile = _tile_of(inputs, row, index)
@@ -380,7 +431,8 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
 
     has_mask = ragged or call.windowed
     left = valid if ragged else None
-    return _step(call, scratch, queries, slot, visible if has_mask else None, left, carry)
+    visible_or_all = visible if has_mask else None
+    return _step(call, scratch, queries, slot, visible_or_all, left, scales, carry)
 
   carry = (
     _cast(call, jnp.full((_TILE,), MASKED, jnp.float32), _BY_ROW),
@@ -409,22 +461,25 @@ def _attend(call, inputs, outs, scratch, group, pair, row, split, num_own, low, 
   plgpu.wait_smem_to_gmem(0)
 
 
-def _step(call, scratch, queries, slot, visible, left, carry):
+def _step(call, scratch, queries, slot, visible, left, scales, carry):
   """Takes one tile of keys and values into the online softmax; peaks are in units of log 2.
 
   Args:
     left: i32[], how many slots of the tile are valid, if not all: the others may hold NaN.
+    scales: f32[] of the keys and of the values, or None.
   """
   peak, total, mixed = carry
   block = call.sizes.block_kv
   plgpu.barrier_wait(scratch.key_ready.at[slot])
 
   def multiply_keys(product):
-    plgpu.wgmma(product, queries, plgpu.transpose_ref(scratch.keys.at[slot], (1, 0)))
+    plgpu.wgmma(product, queries, scratch.keys.at[slot].transpose((1, 0)))
     return product[...]
 
   scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((_TILE, block), jnp.float32))
   plgpu.barrier_arrive(scratch.key_used.at[slot])
+  if scales is not None:
+    scores = scores * scales[0]
   if call.soft_cap is not None:
     scores = call.soft_cap * jnp.tanh(scores / call.soft_cap)
   scores = scores * _LOG2E
@@ -435,6 +490,8 @@ def _step(call, scratch, queries, slot, visible, left, carry):
   weights = jnp.exp2(scores - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
   total = total * shrink + weights.sum(axis=1)
   mixed = mixed * lax.broadcast_in_dim(shrink, mixed.shape, [0])
+  if scales is not None:
+    weights = weights * scales[1]
   weights = weights.astype(call.dtype)
   plgpu.barrier_wait(scratch.value_ready.at[slot])
   values = scratch.values.at[slot]

@@ -80,6 +80,29 @@ def test_an_estimate_is_never_faster_than_memory_allows():
       assert 0.1 < found.share_of_bandwidth < 1
 
 
+@pytest.mark.parametrize(
+  'options, bound', [(dict(cache_dtype=jnp.int8), 'memory'), (dict(dtype=jnp.float32), 'products')]
+)
+def test_estimates_know_other_numbers_than_bfloat16(options, bound):
+  shape = Attention(num_queries=16, prefix=32768)
+  plain = estimate_kernels.estimate('h200', shape)
+  other = estimate_kernels.estimate('h200', shape._replace(**options))
+  assert plain.bound == 'memory' and other.bound == bound
+  assert (other.ms < plain.ms) == ('cache_dtype' in options)
+  least = attention(shape._replace(**options)).num_bytes / 4800e9
+  assert other.ms / 1e3 > least
+
+
+def test_widening_can_be_what_an_8_bit_cache_costs():
+  device = estimate_kernels.DEVICES['h200']
+  few, many = (
+    estimate_kernels._widening_seconds(device, Attention(num_queries=n, cache_dtype=jnp.int8))
+    for n in (16, 64)
+  )
+  assert many == 4 * few  # two tiles of queries widen what one does, each with half the hands
+  assert estimate_kernels._widening_seconds(device, Attention()) == 0
+
+
 def test_a_wrong_kernel_is_told_from_a_right_one():
   right = jnp.asarray([1.0, -2.0, jnp.inf])
   assert gpu_check._compare(right, right * 1.001) == 'ok'

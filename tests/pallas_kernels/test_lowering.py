@@ -18,10 +18,11 @@ _DEVICES = {
   'tpu': ('tpu', AbstractDevice('TPU v5 lite', 1, 'tpu')),
   'gpu': ('cuda', AbstractDevice('NVIDIA H200', None, 'gpu')),
 }
-_NOT_ON_GPU = ('float32', 'cache')  # wgmma has neither
 _QUICK = [
   'attention B=8 T=64 S=8192 H=32/8 Dh=128 bfloat16',
   'attention B=8 T=64 S=8192 H=32/8 Dh=128 bfloat16 paged window',
+  'attention B=8 T=64 S=8192 H=32/8 Dh=128 bfloat16 cache int8',
+  'attention B=8 T=1 S=8192 H=32/8 Dh=128 float32',
   'commit B=8 L=32 S=8192 K=6 paged',
   'verify B=8 N=64 V=128256 top-k/top-p',
   'unmask B=8 T=32 V=126464 head D=4096 bfloat16',
@@ -37,10 +38,6 @@ def _lower(problem, name):
 
 
 def _check(name, problem):
-  if name == 'gpu' and 'attention' in problem.name and any(w in problem.name for w in _NOT_ON_GPU):
-    with pytest.raises(NotImplementedError, match='wgmma'):
-      _lower(problem, name)
-    return
   target = {'tpu': 'tpu_custom_call', 'gpu': ('mosaic_gpu', 'triton')}[name]
   text = _lower(problem, name)
   assert any(word in text for word in ([target] if isinstance(target, str) else target))
