@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.diffusion.policies import Evidence
 from decodax.diffusion.policies import PairFilter
 from decodax.diffusion.policies import init_pair_filter
 from experiments import compare
@@ -120,6 +121,17 @@ def test_a_filter_of_pairs_is_trained_on_what_decoding_comes_by(network, tmp_pat
   assert np.take_along_axis(traces.right, surest[:, None], axis=1).all()
   assert not (traces.right & traces.eligible).all()
   assert len(traces.right) > 20 and traces.eligible.any(-1).all()
+
+
+def test_recall_is_that_of_the_lowest_threshold_that_keeps_the_precision():
+  right = np.array([[True, True, False, True], [False, True, True, False]])
+  eligible = np.array([[True, True, True, True], [True, True, False, False]])
+  nothing = Evidence(jnp.zeros(()), jnp.zeros(()))
+  traces = pair_filter.PairTraces(nothing, right, eligible)
+  score = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.5, 1.0, 1.0]])
+  # In order of the score: right, right, wrong, right, right, wrong.
+  for precision, recall in ((1.0, 0.5), (0.8, 1.0), (0.7, 1.0), (0.9, 0.5)):
+    assert pair_filter.recall_at(score, traces, precision) == recall
 
 
 def test_the_exact_network_knows_every_law():
