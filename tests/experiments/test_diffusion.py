@@ -48,11 +48,21 @@ def network(tmp_path_factory):
 def test_the_benchmark_writes_points_limits_and_plots(network, tmp_path, capsys):
   code = parallel_bench.main([
     '--model', str(network), '--methods', 'threshold,free-draft', '--num-examples', '2',
-    '--no-caches', '--out', str(tmp_path),
+    '--no-caches', '--blocks', '--out', str(tmp_path),
   ])  # fmt: skip
   assert code == 0
   results = json.loads((tmp_path / 'parallel_bench.json').read_text())
   points = results['points']
+  whole, *parts = results['blocks']
+  point = next(p for p in points if p['method'] == 'threshold' and p['knob'] == 0.9)
+  assert whole['tasks'] == point['tasks'] and whole['chosen'] == point['chosen']
+  assert [each['blocks'] for each in parts] == [
+    'fixed, 4',
+    'adaptive, 4',
+    'fixed, 2',
+    'adaptive, 2',
+  ]
+  assert all(each['num_blocks'] > whole['num_blocks'] for each in parts[::2])
   assert [p['method'] for p in points if p['method'] != 'threshold'] == [STATIC] * 5 + [
     'free-draft'
   ]
