@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   for number, num in enumerate(kept):
     parts.append(collect(fitted, num, args.seed + 1000 * number))
     traces = join(parts)
-    fitted = fit(traces, seed=args.seed, num_steps=args.num_steps)
+    fitted = fit(traces, seed=args.seed, num_steps=args.num_steps, num_messages=args.num_messages)
     print(f'round {number + 1}: {len(traces.right)} canvases', flush=True)
   assert fitted is not None
   save(args.out, fitted)
@@ -105,9 +105,13 @@ def _parser():
   parser.add_argument(
     '--out', type=pathlib.Path, default=pathlib.Path('runs/tiny_filter/pairs.npz')
   )
-  parser.add_argument('--num-examples', type=int, default=12288, metavar='N')
+  parser.add_argument('--num-examples', type=int, default=8192, metavar='N')
   parser.add_argument('--num-rounds', type=int, default=2, metavar='N', help='of collecting')
   parser.add_argument('--num-steps', type=int, default=2000, metavar='N', help='of each fit')
+  parser.add_argument(
+    '--num-messages', type=int, default=2, metavar='N',
+    help='that slots exchange; with 0 each is judged by itself',
+  )  # fmt: skip
   parser.add_argument(
     '--block-size', type=int, default=list_tasks.CANVAS, metavar='S', help='of the decoding'
   )
@@ -233,7 +237,12 @@ def _canvas_of(tokens: jax.Array, request: Request) -> jax.Array:
 
 
 def fit(
-  traces: PairTraces, *, seed: int = 0, num_steps: int = 2000, batch_size: int = 512
+  traces: PairTraces,
+  *,
+  seed: int = 0,
+  num_steps: int = 2000,
+  num_messages: int = 2,
+  batch_size: int = 512,
 ) -> PairFilter:
   """Returns a filter trained on traces.
 
@@ -241,6 +250,7 @@ def fit(
     traces: canvases, and what was final in them.
     seed: of the initial parameters and of the batches.
     num_steps: of AdamW, at 3e-3 falling to 0.
+    num_messages: rounds of messages between slots.
     batch_size: canvases in a step.
   """
   data = jax.tree.map(jnp.asarray, traces)
@@ -266,7 +276,7 @@ def fit(
 
     return jax.lax.fori_loop(0, num_steps, body, (params, optimizer.init(params)))[0]
 
-  return run(policies.init_pair_filter(key))
+  return run(policies.init_pair_filter(key, num_rounds=num_messages))
 
 
 def score_of(params: PairFilter, traces: PairTraces) -> np.ndarray:

@@ -44,7 +44,10 @@ class Evidence(NamedTuple):
 
 
 def init_pair_filter(key: jax.Array, hidden_size: int = 24, num_rounds: int = 2) -> PairFilter:
-  """Returns a random filter; with the defaults it has 5905 parameters."""
+  """Returns a random filter; with the defaults it has 5905 parameters.
+
+  Without rounds of messages it judges each slot by itself.
+  """
   keys = iter(jax.random.split(key, 7))
   size, rounds = hidden_size, num_rounds
 
