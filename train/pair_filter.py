@@ -57,11 +57,10 @@ class _Seen(NamedTuple):
 
 
 class _Step(NamedTuple):
-  """A step of decoding, and the canvas before it."""
+  """A step of decoding, and the canvas before it, which is the window."""
 
   seen: _Seen
-  canvas: jax.Array  # i32[B, G]
-  offset: jax.Array  # i32[B] of the window in the canvas
+  canvas: jax.Array  # i32[B, W]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'pair_filter: {error}', file=sys.stderr)
     return 2
   *kept, held_out = _split(args.num_examples, args.num_rounds)
-  collect = make_collector(loaded, args.block_size)
+  collect = make_collector(loaded)
   fitted: PairFilter | None = None
   parts = []
   for number, num in enumerate(kept):
@@ -112,9 +111,6 @@ def _parser():
     '--num-messages', type=int, default=2, metavar='N',
     help='that slots exchange; with 0 each is judged by itself',
   )  # fmt: skip
-  parser.add_argument(
-    '--block-size', type=int, default=list_tasks.CANVAS, metavar='S', help='of the decoding'
-  )
   parser.add_argument('--precision', type=float, default=0.99, metavar='P', help='to report at')
   parser.add_argument('--seed', type=int, default=5000, metavar='N', help='of the examples')
   return parser
@@ -131,17 +127,14 @@ def save(path: pathlib.Path, params: PairFilter) -> None:
 
 
 def make_collector(
-  loaded: LoadedDiffusion, block_size: int
+  loaded: LoadedDiffusion,
 ) -> Callable[[PairFilter | None, int, int], PairTraces]:
   """Returns (filter, number of examples, seed) -> canvases that decoding comes by, jitted inside.
 
-  Without a filter a threshold on the confidence decodes. Knobs are uniform from `LOWEST` to 1.
-
-  Args:
-    loaded: the network.
-    block_size: of the decoding.
+  Without a filter a threshold on the confidence decodes. Knobs are uniform from `LOWEST` to 1, and
+  the canvas is one block.
   """
-  blocks = diffusion.fixed_blocks(block_size)
+  blocks = diffusion.fixed_blocks(list_tasks.CANVAS)
 
   def setup(params, knob):
     own = isinstance(params.policy, PairFilter)
@@ -158,7 +151,7 @@ def make_collector(
 
   @jax.jit
   def finish(params, request, canvas):
-    static = policies.llada(block_size)
+    static = policies.llada(list_tasks.CANVAS)
     result = diffusion.denoise(
       params, request, net=loaded.net, policy=static, blocks=blocks, template=canvas
     )
@@ -172,16 +165,15 @@ def make_collector(
       knob = jnp.asarray(rng.uniform(LOWEST, 1, len(request.tokens)), jnp.float32)
       state = start(params, request, knob)
       while bool(jnp.any(state.result == decodax.Result.RUNNING)):
-        canvas, offset = _canvas_of(state.tokens, request), state.start - request.prompt_length
+        canvas = _canvas_of(state.tokens, request)
         state = step(params, state, knob)
-        seen = jax.device_get(state.policy[1])
-        rows = np.flatnonzero(seen.eligible.any(-1)[: len(some)])
-        yield jax.tree.map(
-          lambda a, rows=rows: np.asarray(a)[rows], _Step(seen, canvas, offset)
-        ), [some[row] for row in rows]  # fmt: skip
+        found = jax.device_get(_Step(state.policy[1], canvas))
+        rows = np.flatnonzero(found.seen.eligible.any(-1)[: len(some)])
+        kept = jax.tree.map(lambda array, rows=rows: array[rows], found)
+        yield kept, [some[row] for row in rows]
 
   def finish_all(canvas, examples):
-    """Returns i32[N, G]; canvases with as many masks go together, as each takes a forward."""
+    """Returns i32[N, W]; canvases with as many masks go together, as each takes a forward."""
     final = np.zeros_like(canvas)
     order = np.argsort((canvas == loaded.net.mask_id).sum(-1), kind='stable')
     for rows in np.split(order, range(learn2pd.BATCH, len(order), learn2pd.BATCH)):
@@ -193,11 +185,9 @@ def make_collector(
 
   def collect(fitted, num, seed):
     steps, examples = zip(*watch(fitted, num, seed), strict=True)
-    seen, canvas, offset = jax.tree.map(lambda *arrays: np.concatenate(arrays), *steps)
-    final = finish_all(canvas, sum(examples, []))
-    window = np.minimum(offset[:, None] + np.arange(block_size)[None], canvas.shape[1] - 1)
-    right = seen.candidates == np.take_along_axis(final, window, axis=1)
-    return PairTraces(seen.evidence, right, seen.eligible)
+    seen, canvas = jax.tree.map(lambda *arrays: np.concatenate(arrays), *steps)
+    final = finish_all(canvas, [example for some in examples for example in some])
+    return PairTraces(seen.evidence, seen.candidates == final, seen.eligible)
 
   return collect
 
@@ -228,7 +218,7 @@ def _watched(policy: diffusion.Policy) -> diffusion.Policy:
 
 
 def _canvas_of(tokens: jax.Array, request: Request) -> jax.Array:
-  """Returns i32[B, G], the canvas of each row, as a template to go on from."""
+  """Returns i32[B, W], the canvas of each row, as a template to go on from."""
   where = request.prompt_length[:, None] + jnp.arange(list_tasks.CANVAS)[None]
   return jnp.take_along_axis(tokens, where, axis=1)
 

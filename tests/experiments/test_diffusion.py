@@ -125,7 +125,7 @@ def test_a_filter_of_pairs_is_trained_on_what_decoding_comes_by(network, tmp_pat
   same = init_pair_filter(jax.random.key(0))
   assert jax.tree.map(jnp.shape, fitted) == jax.tree.map(jnp.shape, same)
 
-  traces = pair_filter.make_collector(load_diffusion(network), list_tasks.CANVAS)(None, 20, 0)
+  traces = pair_filter.make_collector(load_diffusion(network))(None, 20, 0)
   # What the static sampler fills next is the surest slot: it is final in every canvas.
   surest = np.where(traces.eligible, traces.evidence.slots[..., 1], -1).argmax(-1)
   assert np.take_along_axis(traces.right, surest[:, None], axis=1).all()
