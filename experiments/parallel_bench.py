@@ -50,6 +50,7 @@ CACHE_BLOCK = 4  # slots of a block where caches are compared: the canvas has se
 _COLORS = ('#222222', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F',
            '#B8A100', '#5E3C99')  # fmt: skip
 _MARKERS = 'os^vDPX<>*'
+_LINES = ('-', '--', '-.')  # from ten methods to the next
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -464,7 +465,7 @@ def _curves(axes, points, part, size=5):
       [each['tokens_per_forward'] for each in some],
       [each['accuracy'] for each in some],
       marker=_MARKERS[index % len(_MARKERS)], markersize=size, linewidth=1,
-      color=_COLORS[index % len(_COLORS)], linestyle='-' if index < len(_COLORS) else '--',
+      color=_COLORS[index % len(_COLORS)], linestyle=_LINES[index // len(_COLORS) % len(_LINES)],
       label=name,
     )  # fmt: skip
 
