@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import decodax
+from decodax import diffusion
 from decodax.types import Request
 from decodax.types import Result
 from experiments import cli
@@ -112,7 +113,8 @@ def _prepare(args, display) -> Job:
       trained, examples = {}, None
       request = _text_request(args, loaded)
       size = loaded.net.block_size or min(BLOCK_SIZE, args.max_new_tokens)
-  runner = Runner(loaded.net, loaded.params, request, block_size=size, trained=trained)
+  blocks = diffusion.fixed_blocks(size)
+  runner = Runner(loaded.net, loaded.params, request, blocks=blocks, trained=trained)
   return Job(runner, examples, args.model)
 
 

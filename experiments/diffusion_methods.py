@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from decodax import diffusion
 from decodax.diffusion import policies
 from decodax.types import Request
+from train import list_tasks
+from train.configs import tiny_d2f
 
 STATIC = 'static'  # what the others are compared with: one slot per forward, the surest first
 ORACLE = 'oracle'  # a bound: it is told what static will write
@@ -30,7 +32,8 @@ class DiffusionMethod(NamedTuple):
   default: float
   traced: bool = True
   free_drafts: int = 0  # drafts per forward of free drafting; 0 is the plain loop
-  needs: str = ''  # what must be there first: 'filter', 'distilled', 'static answers'
+  needs: str = ''  # what must be there first: a key of `tiny_diffusion.trained_parts`, or
+  # 'static answers'
   guidance: bool = False  # is the knob the guidance of a threshold policy?
 
   @property
@@ -131,8 +134,23 @@ _ENTRIES = (
     (0.99, 0.96, 0.9, 0.7, 0.5), 0.96, needs='filter',
   ),
   DiffusionMethod(
+    'pair-filter', 'Learn2PD, with a filter of ours that sees pairs of slots',
+    lambda tau: policies.learned_filter(tau, joint=True), (0.97, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3),
+    0.9, needs='pair filter',
+  ),
+  DiffusionMethod(
     'distilled', 'dParallel: a network trained to be sure early', policies.entropy_threshold,
     (0.05, 0.2, 0.5, 1.0), 0.5, needs='distilled',
+  ),
+  DiffusionMethod(
+    'pipelined', 'D2F: a network trained to start a block before the last is done',
+    lambda tau: policies.pipelined(tiny_d2f.BLOCK_SIZE, tau), (0.99, 0.95, 0.9, 0.8, 0.7, 0.5),
+    0.9, needs='forced',
+  ),
+  DiffusionMethod(
+    'waiting', 'the same network, block after block',
+    lambda tau: policies.pipelined(tiny_d2f.BLOCK_SIZE, tau, start_at=1.0, press_at=1.0),
+    (0.99, 0.95, 0.9, 0.8, 0.7, 0.5), 0.9, needs='forced',
   ),
 )  # fmt: skip
 METHODS: dict[str, DiffusionMethod] = {entry.name: entry for entry in _ENTRIES}
@@ -154,12 +172,12 @@ class Runner:
     params: Any,
     request: Request,
     *,
-    block_size: int,
+    blocks: diffusion.BlockRule,
     cache: diffusion.CacheRule | None = None,
     trained: dict[str, Any] | None = None,
   ):
     self.net, self.params, self.request = net, params, request
-    self.blocks, self.cache = diffusion.fixed_blocks(block_size), cache
+    self.blocks, self.cache = blocks, cache
     self.trained = dict(trained or {})
     self._compiled: dict[tuple, Compiled] = {}
     static, _ = self.run(METHODS[STATIC], METHODS[STATIC].default)
@@ -195,6 +213,11 @@ class Runner:
   def _decode(self, method, static, params, request, knob):
     value = knob if static is None else static
     options: dict[str, Any] = dict(net=self.net, blocks=self.blocks, cache=self.cache)
+    if method.needs == 'forced':
+      size = tiny_d2f.BLOCK_SIZE
+      options['net'] = self.net._replace(block_size=size, forced=True)
+      # Blocks count from position 0, so the canvas may reach into one more.
+      options['blocks'] = diffusion.fixed_blocks((-(-list_tasks.CANVAS // size) + 1) * size)
     if method.free_drafts:
       return diffusion.free_draft(
         params, request, num_steps=value, num_drafts=method.free_drafts, **options
@@ -204,8 +227,8 @@ class Runner:
     return diffusion.denoise(params, request, policy=method.make(value), **options)
 
   def _params(self, method):
-    if method.needs == 'distilled':
-      return diffusion.Params(self.trained['distilled'])
+    if method.needs in ('distilled', 'forced'):
+      return diffusion.Params(self.trained[method.needs])
     return diffusion.Params(self.params, self.trained.get(method.needs, ()))
 
   def _knob(self, method, knob):

@@ -43,11 +43,14 @@ from train.list_tasks.published import read_published
 
 SCHEMA = 1
 EXACT = 'exact'  # the network that knows all laws
+BLOCK_SIZES = (4, 2)  # where rules of blocks are compared
+BLOCK_TAU = 0.9
 CACHE_BLOCK = 4  # slots of a block where caches are compared: the canvas has several
 # Okabe and Ito's colours, which colour-blind people can tell apart, then some between.
 _COLORS = ('#222222', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F7F7F',
            '#B8A100', '#5E3C99')  # fmt: skip
 _MARKERS = 'os^vDPX<>*'
+_LINES = ('-', '--', '-.')  # from ten methods to the next
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +76,7 @@ def _main(argv):
       say(_line(point))
   no_caches = args.no_caches or args.model == EXACT
   caches = [] if no_caches else compare_caches(runner, examples, say)
+  blocks = compare_blocks(runner, examples, say) if args.blocks else []
   results = {
     'schema': SCHEMA,
     'command': cli.command_line('experiments.parallel_bench', argv),
@@ -83,6 +87,7 @@ def _main(argv):
     'data': [str(path) for path in args.data or ()],
     'points': points,
     'caches': caches,
+    'blocks': blocks,
     'limits': limit_curves(),
   }
   files.write_whole(args.out / 'parallel_bench.json', files.to_json(results))
@@ -91,6 +96,8 @@ def _main(argv):
   console.print(points_table(points))
   if caches:
     console.print(caches_table(caches))
+  if blocks:
+    console.print(blocks_table(blocks))
   for sentence in findings(points):
     console.print(sentence, markup=False)
   console.print(f'Written to {args.out}/', markup=False)
@@ -118,7 +125,8 @@ def _make_runner(args, examples, say) -> Runner:
       trained = tiny_diffusion.trained_parts(say) if args.model == tiny_diffusion.NAME else {}
     net, params = loaded.net, loaded.params
   request = tiny_diffusion.make_request(examples, net.mask_id, **options)
-  return Runner(net, params, request, block_size=args.block_size, trained=trained)
+  blocks = diffusion.fixed_blocks(args.block_size)
+  return Runner(net, params, request, blocks=blocks, trained=trained)
 
 
 def _parser():
@@ -146,6 +154,9 @@ def _parser():
   parser.add_argument('--temperature', type=float, default=0.0, metavar='T', help='default 0')
   parser.add_argument('--seed', type=int, default=0, metavar='N')
   parser.add_argument('--no-caches', action='store_true', help='leave the caches out')
+  parser.add_argument(
+    '--blocks', action='store_true', help='compare blocks of fixed size with adaptive ones too'
+  )
   parser.add_argument(
     '--out', type=pathlib.Path, default=pathlib.Path('results/parallel_bench'), metavar='DIR'
   )
@@ -206,12 +217,12 @@ def compare_caches(runner: Runner, examples, say) -> list[dict[str, Any]]:
     'delayed, every 8': diffusion.delayed_cache(8),
   }
   for name, rule in rules.items():
+    blocks = diffusion.fixed_blocks(CACHE_BLOCK)
     other = Runner(
-      runner.net, runner.params, runner.request, block_size=CACHE_BLOCK,
-      cache=diffusion.audited(rule),
-    )  # fmt: skip
+      runner.net, runner.params, runner.request, blocks=blocks, cache=diffusion.audited(rule)
+    )
     result, _ = other.run(METHODS['threshold'], 0.9)
-    plain = Runner(runner.net, runner.params, runner.request, block_size=CACHE_BLOCK, cache=rule)
+    plain = Runner(runner.net, runner.params, runner.request, blocks=blocks, cache=rule)
     plain.run(METHODS['threshold'], 0.9)
     _, seconds = plain.run(METHODS['threshold'], 0.9)
     slots = result.cache.num_slots.sum()
@@ -224,6 +235,28 @@ def compare_caches(runner: Runner, examples, say) -> list[dict[str, Any]]:
       **summarize(result, examples),
     })  # fmt: skip
     say(f'cache {name}: done')
+  return found
+
+
+def compare_blocks(runner: Runner, examples, say) -> list[dict[str, Any]]:
+  """Returns what blocks of fixed size reach and what those do that end where the answer does.
+
+  Decoded with `threshold`, at `BLOCK_TAU`. The delimiter of adaptive blocks is the end of text,
+  which they look for in twice their size.
+  """
+  rules = {'the whole canvas': diffusion.fixed_blocks(list_tasks.CANVAS)}
+  for size in BLOCK_SIZES:
+    rules[f'fixed, {size}'] = diffusion.fixed_blocks(size)
+    rules[f'adaptive, {size}'] = diffusion.adaptive_blocks(
+      size, [list_tasks.EOS_ID], window=2 * size
+    )
+  found = []
+  for name, rule in rules.items():
+    other = Runner(runner.net, runner.params, runner.request, blocks=rule)
+    result, _ = other.run(METHODS['threshold'], BLOCK_TAU)
+    num_blocks = float(result.stats.num_blocks.mean())
+    found.append({'blocks': name, 'num_blocks': num_blocks, **summarize(result, examples)})
+    say(f'blocks, {name}: done')
   return found
 
 
@@ -296,6 +329,11 @@ def _speed(point, kind):
   return '-' if value is None else f'{value:.2f}'
 
 
+def _forwards(point, kind):
+  value = point[kind]['forwards']
+  return '-' if value is None else f'{value:.2f}'
+
+
 def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
   """Returns the table of all points."""
   table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -333,6 +371,23 @@ def caches_table(caches: Sequence[Mapping[str, Any]]) -> Table:
       f'{each["kl"]:.4f}',
       f'{each["same_best"]:.4f}',
     )
+  return table
+
+
+def blocks_table(blocks: Sequence[Mapping[str, Any]]) -> Table:
+  """Returns the table of blocks."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column('blocks', style='bold')
+  for heading in ('fixed: accuracy', 'tokens/forward', 'forwards', 'chosen: accuracy',
+                  'tokens/forward', 'forwards', 'blocks finished'):  # fmt: skip
+    table.add_column(heading, justify='right')
+  for each in blocks:
+    cells = [
+      cell(each, kind)
+      for kind in ('fixed', 'chosen')
+      for cell in (_accuracy, _speed, _forwards)
+    ]  # fmt: skip
+    table.add_row(each['blocks'], *cells, f'{each["num_blocks"]:.2f}')
   return table
 
 
@@ -410,7 +465,7 @@ def _curves(axes, points, part, size=5):
       [each['tokens_per_forward'] for each in some],
       [each['accuracy'] for each in some],
       marker=_MARKERS[index % len(_MARKERS)], markersize=size, linewidth=1,
-      color=_COLORS[index % len(_COLORS)], linestyle='-' if index < len(_COLORS) else '--',
+      color=_COLORS[index % len(_COLORS)], linestyle=_LINES[index // len(_COLORS) % len(_LINES)],
       label=name,
     )  # fmt: skip
 

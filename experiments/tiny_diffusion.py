@@ -10,6 +10,7 @@ import numpy as np
 
 import decodax
 from decodax.diffusion.policies import Filter
+from decodax.diffusion.policies import PairFilter
 from decodax.types import Request
 from models.diffusion import LoadedDiffusion
 from models.diffusion import load_diffusion
@@ -23,7 +24,12 @@ NAME = 'tiny-diffusion'
 RUNS = pathlib.Path('runs')
 CONFIG = 'tiny_diffusion'
 FILTER = RUNS / 'tiny_filter' / 'filter.npz'
-DISTILLED = RUNS / 'tiny_dparallel' / 'export'
+PAIR_FILTER = RUNS / 'tiny_filter' / 'pairs.npz'
+# Networks made of the tiny one, by what `diffusion_methods` calls them.
+DISTILLED = {
+  'distilled': RUNS / 'tiny_dparallel' / 'export',
+  'forced': RUNS / 'tiny_d2f' / 'export',
+}
 
 
 def load(path: str, say: Callable[[str], None]) -> LoadedDiffusion:
@@ -66,21 +72,24 @@ def train_tiny() -> None:
 
 
 def trained_parts(say: Callable[[str], None]) -> dict[str, Any]:
-  """Returns what was trained besides: the filter of Learn2PD, the network of dParallel."""
+  """Returns what was trained besides: filters of Learn2PD, networks of dParallel and D2F."""
   parts: dict[str, Any] = {}
   if FILTER.is_file():
     parts['filter'] = load_filter(FILTER)
-  if (DISTILLED / 'config.json').is_file():
-    say(f'loading {DISTILLED}')
-    target = load_hf(RUNS / CONFIG / 'export').transformer
-    parts['distilled'] = nnx.state(load_head(DISTILLED, target).head)
+  if PAIR_FILTER.is_file():
+    parts['pair filter'] = load_filter(PAIR_FILTER, PairFilter)
+  for name, folder in DISTILLED.items():
+    if (folder / 'config.json').is_file():
+      say(f'loading {folder}')
+      target = load_hf(RUNS / CONFIG / 'export').transformer
+      parts[name] = nnx.state(load_head(folder, target).head)
   return parts
 
 
-def load_filter(path: pathlib.Path) -> Filter:
-  """Returns the filter in a file that `train.learn2pd` wrote."""
+def load_filter(path: pathlib.Path, kind: Any = Filter) -> Any:
+  """Returns the filter in a file that `train.learn2pd` wrote, or of another kind by another."""
   with np.load(path) as file:
-    return Filter(*(jnp.asarray(file[f'arr_{i}']) for i in range(len(Filter._fields))))
+    return kind(*(jnp.asarray(file[f'arr_{i}']) for i in range(len(kind._fields))))
 
 
 def make_request(

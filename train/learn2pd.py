@@ -31,12 +31,13 @@ from decodax import diffusion
 from decodax.diffusion import loop
 from decodax.diffusion import policies
 from decodax.diffusion.policies import Filter
+from decodax.types import Request
 from models.diffusion import LoadedDiffusion
 from models.diffusion import load_diffusion
 from train import list_tasks
 
 TINY = 'runs/tiny_diffusion/export'
-_BATCH = 256
+BATCH = 256  # rows of a request
 
 
 class Traces(NamedTuple):
@@ -101,19 +102,22 @@ def _parser():
 # --- Traces ---------------------------------------------------------------------------------------
 
 
-def _requests(num, seed, vocab_size):
-  """Yields requests of one shape for `num` examples."""
-  longest = list_tasks.LONGEST_PROMPT + list_tasks.CANVAS
-  for index, start in enumerate(range(0, num, _BATCH)):
-    some = list(list_tasks.examples(min(_BATCH, num - start), seed + index))
-    some += [some[0]] * (_BATCH - len(some))
-    request = decodax.make_request(
-      [list_tasks.to_ids(example.prompt) for example in some],
-      max_new_tokens=list_tasks.CANVAS,
-      vocab_size=vocab_size,
-      capacity=longest,
-    )
-    yield some[: num - start], request
+def requests(num, seed, vocab_size):
+  """Yields (some of `num` examples, the request of them), all requests of one shape."""
+  for index, start in enumerate(range(0, num, BATCH)):
+    some = list(list_tasks.examples(min(BATCH, num - start), seed + index))
+    yield some, make_request(some, vocab_size)
+
+
+def make_request(some: Sequence[list_tasks.Example], vocab_size: int) -> Request:
+  """Returns the request of up to `BATCH` examples, whose first one fills it up to that number."""
+  padded = [*some, *[some[0]] * (BATCH - len(some))]
+  return decodax.make_request(
+    [list_tasks.to_ids(example.prompt) for example in padded],
+    max_new_tokens=list_tasks.CANVAS,
+    vocab_size=vocab_size,
+    capacity=list_tasks.LONGEST_PROMPT + list_tasks.CANVAS,
+  )
 
 
 def make_answerer(loaded: LoadedDiffusion, block_size: int):
@@ -143,7 +147,7 @@ def collect(loaded: LoadedDiffusion, num: int, seed: int, block_size: int) -> Tr
     return new, new.policy
 
   found = []
-  for some, request in _requests(num, seed, loaded.net.model.vocab_size):
+  for some, request in requests(num, seed, loaded.net.model.vocab_size):
     final = answer(diffusion.Params(loaded.params), request).tokens
     params = diffusion.Params(loaded.params, final)
     state = start(params, request)
@@ -159,7 +163,7 @@ def write_answers(loaded: LoadedDiffusion, path: pathlib.Path, num: int, seed: i
   answer = make_answerer(loaded, list_tasks.CANVAS)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w', encoding='utf-8') as file:
-    for some, request in _requests(num, seed, loaded.net.model.vocab_size):
+    for some, request in requests(num, seed, loaded.net.model.vocab_size):
       result = jax.device_get(answer(diffusion.Params(loaded.params), request))
       for tokens, start, end in zip(
         result.tokens[: len(some)], result.prompt_length, result.length, strict=False

@@ -112,11 +112,13 @@ def check_setup(setup: Setup) -> None:
   net, policy, blocks, cache = setup.net, setup.policy, setup.blocks, setup.cache
   if not 0 <= net.mask_id < net.model.vocab_size:
     raise ValueError(f'mask_id must be in the vocabulary of {net.model.vocab_size}: {net.mask_id=}')
-  if net.block_size is not None and (blocks.width != net.block_size or blocks.end is not None):
-    raise ValueError(
-      f'this network was trained in blocks of {net.block_size} and can only be decoded in them: '
-      f'use fixed_blocks({net.block_size})'
-    )
+  if net.block_size is not None:
+    fits = blocks.width % net.block_size == 0 if net.forced else blocks.width == net.block_size
+    if not fits or blocks.end is not None:
+      raise ValueError(
+        f'this network was trained in blocks of {net.block_size} and can only be decoded in them: '
+        f'use fixed_blocks({net.block_size})' + ', or several of them' * net.forced
+      )
   if policy.revokes and not cache.allows_revoking:
     raise ValueError(f'policy {policy.name!r} takes tokens back; the {cache.name} cache keeps them')
   if policy.wants_shadow and net.shifted:

@@ -27,6 +27,8 @@ class MaskedModel(NamedTuple):
   mask_id: int
   shifted: bool = False  # is the token at position i predicted by the hidden state at i - 1?
   block_size: int | None = None  # of a block-causal network; None: every token sees every other
+  forced: bool = False  # does a block-causal one know masks in earlier blocks (D2F)? Then several
+  # blocks may be in flight.
 
 
 class Params(NamedTuple):

@@ -3,11 +3,17 @@
 import json
 
 from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decodax.diffusion.policies import Evidence
+from decodax.diffusion.policies import PairFilter
+from decodax.diffusion.policies import init_pair_filter
 from experiments import compare
 from experiments import parallel_bench
+from experiments import tiny_diffusion
 from experiments.diffusion_methods import METHODS
 from experiments.diffusion_methods import STATIC
 from experiments.diffusion_methods import choose
@@ -16,9 +22,11 @@ from experiments.exact_network import exact_network
 from experiments.exact_network import make_worlds
 from experiments.exact_network import worlds_of
 from models.config import TransformerConfig
+from models.diffusion import load_diffusion
 from models.transformer import Transformer
 from train import learn2pd
 from train import list_tasks
+from train import pair_filter
 from train.export import save_language_model
 
 
@@ -40,11 +48,21 @@ def network(tmp_path_factory):
 def test_the_benchmark_writes_points_limits_and_plots(network, tmp_path, capsys):
   code = parallel_bench.main([
     '--model', str(network), '--methods', 'threshold,free-draft', '--num-examples', '2',
-    '--no-caches', '--out', str(tmp_path),
+    '--no-caches', '--blocks', '--out', str(tmp_path),
   ])  # fmt: skip
   assert code == 0
   results = json.loads((tmp_path / 'parallel_bench.json').read_text())
   points = results['points']
+  whole, *parts = results['blocks']
+  point = next(p for p in points if p['method'] == 'threshold' and p['knob'] == 0.9)
+  assert whole['tasks'] == point['tasks'] and whole['chosen'] == point['chosen']
+  assert [each['blocks'] for each in parts] == [
+    'fixed, 4',
+    'adaptive, 4',
+    'fixed, 2',
+    'adaptive, 2',
+  ]
+  assert all(each['num_blocks'] > whole['num_blocks'] for each in parts[::2])
   assert [p['method'] for p in points if p['method'] != 'threshold'] == [STATIC] * 5 + [
     'free-draft'
   ]
@@ -94,6 +112,36 @@ def test_a_filter_is_trained_on_what_an_oracle_sees(network, tmp_path, capsys):
     prompt = list_tasks.to_ids(example.prompt)
     assert record['token_ids'][: len(prompt)] == prompt
     assert sum(record['loss_mask']) == list_tasks.CANVAS == len(record['token_ids']) - len(prompt)
+
+
+def test_a_filter_of_pairs_is_trained_on_what_decoding_comes_by(network, tmp_path, capsys):
+  path = tmp_path / 'pairs.npz'
+  code = pair_filter.main([
+    '--model', str(network), '--out', str(path), '--num-examples', '30', '--num-steps', '3',
+  ])  # fmt: skip
+  assert code == 0
+  assert 'precision' in capsys.readouterr().out
+  fitted = tiny_diffusion.load_filter(path, PairFilter)
+  same = init_pair_filter(jax.random.key(0))
+  assert jax.tree.map(jnp.shape, fitted) == jax.tree.map(jnp.shape, same)
+
+  traces = pair_filter.make_collector(load_diffusion(network))(None, 20, 0)
+  # What the static sampler fills next is the surest slot: it is final in every canvas.
+  surest = np.where(traces.eligible, traces.evidence.slots[..., 1], -1).argmax(-1)
+  assert np.take_along_axis(traces.right, surest[:, None], axis=1).all()
+  assert not (traces.right & traces.eligible).all()
+  assert len(traces.right) > 20 and traces.eligible.any(-1).all()
+
+
+def test_recall_is_that_of_the_lowest_threshold_that_keeps_the_precision():
+  right = np.array([[True, True, False, True], [False, True, True, False]])
+  eligible = np.array([[True, True, True, True], [True, True, False, False]])
+  nothing = Evidence(jnp.zeros(()), jnp.zeros(()))
+  traces = pair_filter.PairTraces(nothing, right, eligible)
+  score = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.5, 1.0, 1.0]])
+  # In order of the score: right, right, wrong, right, right, wrong.
+  for precision, recall in ((1.0, 0.5), (0.8, 1.0), (0.7, 1.0), (0.9, 0.5)):
+    assert pair_filter.recall_at(score, traces, precision) == recall
 
 
 def test_the_exact_network_knows_every_law():

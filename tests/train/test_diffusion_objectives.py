@@ -20,6 +20,7 @@ from train.config import EvalConfig
 from train.config import OptimizerConfig
 from train.config import TrainConfig
 from train.objective import get_objective
+from train.objectives import d2f
 from train.objectives import dparallel
 from train.objectives import masked_diffusion as md
 from train.run import Outcome
@@ -228,6 +229,46 @@ def test_dparallel_presses_the_entropy_of_right_predictions_only(head):
   )
 
 
+def test_d2f_masks_later_blocks_more():
+  tape = make_batch(rows=300)
+  draw = jax.jit(lambda key: d2f.draw_rising(tape, key, 4, 0.2, 0.7, 1.0))
+  masked, rate = (np.asarray(a) for a in draw(jax.random.key(0)))
+  assert not masked[~np.asarray(tape.loss_mask)].any()
+  for blocks in (((3, 4), (4, 8), (8, 9)), ((12, 13), (13, 17), (17, 20))):
+    rates = np.stack([rate[:, start] for start, _ in blocks], axis=1)
+    for number, (start, stop) in enumerate(blocks):
+      assert (rate[:, start:stop] == rates[:, number : number + 1]).all()
+    assert (rates[:, 0] >= 0.2).all() and (rates[:, 0] < 0.7).all()
+    assert (np.diff(rates, axis=1) >= 0).all() and (rates <= 1).all()
+    np.testing.assert_allclose(rates.mean(0), [0.45, 0.725, 0.908], atol=0.05)
+    start, stop = blocks[-1]
+    assert abs(masked[:, start:stop].mean() - rates[:, -1].mean()) < 0.05
+
+
+def test_d2f_learns_the_laws_of_a_teacher_that_sees_more(head):
+  tape, key, step = make_batch(), jax.random.key(3), jnp.int32(0)
+  for size in (4, 64):
+    options = {'mask_id': MASK, 'block_size': size, 'highest_rate': 1.0}
+    found = get_objective('d2f', options).loss(head, head, tape, key, step)
+    noise = d2f.draw_rising(tape, key, size, 0.2, 0.7, 1.0)
+    whole = md.document_mask(tape.segments)
+    block = tape.positions // size
+    seen = whole & (block[:, None, :] <= block[:, :, None])
+    p, q = (
+      jax.nn.log_softmax(head.unembed(md.predict(head, tape, noise.masked, mask, MASK)), -1)
+      for mask in (whole, seen)
+    )
+    each = -(jnp.exp(p) * q).sum(-1) / noise.rate
+    masked = np.asarray(noise.masked)
+    np.testing.assert_allclose(found.total, np.asarray(each)[masked].sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.weight, masked.sum())
+    same = jnp.argmax(p, -1) == jnp.argmax(q, -1)
+    agreement = found.metrics['agreement']
+    np.testing.assert_allclose(agreement.total, np.asarray(same)[masked].sum())
+    apart = np.abs(np.asarray(p - q))[masked].max()
+    assert apart == 0 if size == 64 else apart > 1e-3
+
+
 @pytest.mark.parametrize(
   ('name', 'options'),
   [
@@ -235,6 +276,8 @@ def test_dparallel_presses_the_entropy_of_right_predictions_only(head):
     ('masked_diffusion', {'lowest_rate': 0.0}),
     ('masked_diffusion', {'from_target': True}),
     ('masked_diffusion', {'from_target': True, 'mask_id': 3, 'block_size': 4}),
+    ('d2f', {'mask_id': 3, 'block_size': 0}),
+    ('d2f', {'mask_id': 3, 'highest_rate': 0.6}),
     ('dparallel', {'mask_id': 3, 'block_size': 0}),
     ('dparallel', {'mask_id': 3, 'lowest_rate': 0.9}),
   ],

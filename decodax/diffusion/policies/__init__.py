@@ -19,14 +19,26 @@ from decodax.diffusion.policies.learned_filter import oracle
 from decodax.diffusion.policies.llada import llada
 from decodax.diffusion.policies.local_leap import local_leap
 from decodax.diffusion.policies.maskgit import maskgit
+from decodax.diffusion.policies.pair_filter import NUM_PAIR_FACTS
+from decodax.diffusion.policies.pair_filter import NUM_SLOT_FACTS
+from decodax.diffusion.policies.pair_filter import Evidence
+from decodax.diffusion.policies.pair_filter import PairFilter
+from decodax.diffusion.policies.pair_filter import gather_evidence
+from decodax.diffusion.policies.pair_filter import init_pair_filter
+from decodax.diffusion.policies.pair_filter import pair_filter_logits
+from decodax.diffusion.policies.pipelined import pipelined
 from decodax.diffusion.policies.remdm import remdm
 from decodax.diffusion.policies.threshold import entropy_threshold
 from decodax.diffusion.policies.threshold import threshold
 from decodax.diffusion.policies.wino import wino
 
 __all__ = [
+  'NUM_PAIR_FACTS',
+  'NUM_SLOT_FACTS',
+  'Evidence',
   'Filter',
   'Observed',
+  'PairFilter',
   'ancestral',
   'credit',
   'dimple',
@@ -37,14 +49,18 @@ __all__ = [
   'factor',
   'filter_logits',
   'first_hitting',
+  'gather_evidence',
   'hierarchy',
   'init_filter',
+  'init_pair_filter',
   'klass',
   'learned_filter',
   'llada',
   'local_leap',
   'maskgit',
   'oracle',
+  'pair_filter_logits',
+  'pipelined',
   'remdm',
   'threshold',
   'wino',

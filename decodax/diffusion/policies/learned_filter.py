@@ -8,8 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from decodax.diffusion.policies.pair_filter import PairFilter
+from decodax.diffusion.policies.pair_filter import gather_evidence
+from decodax.diffusion.policies.pair_filter import pair_filter_logits
 from decodax.diffusion.policies.stateless import no_state
+from decodax.diffusion.scores import by_rank
+from decodax.diffusion.scores import longest_prefix
 from decodax.diffusion.scores import or_best
+from decodax.diffusion.scores import ranks
 from decodax.diffusion.types import Policy
 from decodax.diffusion.types import Selection
 from decodax.diffusion.types import View
@@ -76,33 +82,49 @@ def oracle() -> Policy:
   return Policy('oracle', 'reproduces the final sequence', init, select)
 
 
-def learned_filter(tau: float | jax.Array = 0.96) -> Policy:
-  """Returns the policy that fills the slots a `Filter` holds for final with at least `tau`.
+def learned_filter(tau: float | jax.Array = 0.96, *, joint: bool = False) -> Policy:
+  """Returns the policy that fills the slots a filter holds for final with at least `tau`.
 
-  The filter is `Params.policy`. It sees the confidence of every slot of the window, filled ones
-  too, and is bound to the width it was trained at.
+  The filter is `Params.policy`: a `Filter`, as published, sees the confidence of every slot of the
+  window, filled ones too, and is bound to the width it was trained at. A `PairFilter`, which is
+  ours, sees in addition what every two slots make of each other's tokens, at any width.
 
   Lossy (the filter may err). It fills at least one slot per step.
 
   Args:
     tau: f[] or f[B], a probability; may be traced.
+    joint: fill the surest slots by the filter as long as the product of their probabilities is at
+      least `tau`, in place of all whose own one is. Then `tau` bounds the risk of a step, however
+      many slots it fills. This is ours.
 
   Raises:
-    ValueError: if tau < 0, or when it is used, if the filter is for another width.
+    ValueError: if tau < 0, or when it is used, if there is no filter or one for another width.
 
-  Source: Learn2PD, arXiv:2509.25188, section 3.
+  Source: Learn2PD, arXiv:2509.25188, section 3, without pairs and `joint`.
   """
   check_knob('tau', tau, 0, float('inf'))
 
   def select(params, state, view: View) -> Selection:
-    width = view.tokens.shape[1]
-    if not isinstance(params, Filter) or params.inner.shape != (width, width):
-      raise ValueError(
-        f'learned_filter needs a Filter of width {width} in Params.policy: it is bound to the '
-        f'blocks it was trained in'
-      )
-    chance = jax.nn.sigmoid(filter_logits(params, view.confidence))
-    final = view.eligible & (chance >= per_row(tau, chance))
+    chance = jax.nn.sigmoid(_logits_of(params, view))
+    if joint:
+      rank = ranks(chance, view.eligible)
+      together = jnp.cumprod(jnp.where(by_rank(view.eligible, rank), by_rank(chance, rank), 0), 1)
+      count = longest_prefix(together >= per_row(tau, chance))
+      final = view.eligible & (rank < count[:, None])
+    else:
+      final = view.eligible & (chance >= per_row(tau, chance))
     return Selection(or_best(final, view.confidence, view.eligible), state)
 
   return Policy('learned-filter', 'lossy: the filter may err', no_state, select)
+
+
+def _logits_of(params, view: View) -> jax.Array:
+  if isinstance(params, PairFilter):
+    return pair_filter_logits(params, gather_evidence(view))
+  width = view.tokens.shape[1]
+  if not isinstance(params, Filter) or params.inner.shape != (width, width):
+    raise ValueError(
+      f'learned_filter needs a PairFilter, or a Filter of width {width}, in Params.policy: a '
+      f'Filter is bound to the blocks it was trained in'
+    )
+  return filter_logits(params, view.confidence)

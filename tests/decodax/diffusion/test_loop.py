@@ -74,6 +74,82 @@ def test_a_policy_that_comes_down_to_the_threshold(case):
   assert expected.stats.num_calls.sum() < sum(CANVAS)
 
 
+def test_a_pipeline_that_waits_is_the_threshold_in_small_blocks():
+  size, tau = 3, jnp.float32(0.6)
+  request = greedy(eos_ids=())
+  waits = lambda tau: policies.pipelined(size, tau, start_at=1.0, press_at=1.0)  # noqa: E731
+  actual = denoiser('a pipeline that waits', waits, blocks=diffusion.fixed_blocks(21))(
+    PARAMS, request, tau
+  )  # fmt: skip
+  small = denoiser('threshold in threes', policies.threshold, blocks=diffusion.fixed_blocks(size))
+  expected = small(PARAMS, request, tau)
+  assert_same(actual, expected)
+  np.testing.assert_array_equal(actual.stats.num_calls, expected.stats.num_calls)
+  eager = lambda tau: policies.pipelined(size, tau, start_at=0.0, press_at=0.0)  # noqa: E731
+  other = denoiser('a pipeline that does not wait', eager, blocks=diffusion.fixed_blocks(21))(
+    PARAMS, request, tau
+  )  # fmt: skip
+  assert other.stats.num_calls.sum() < expected.stats.num_calls.sum()
+
+
+def test_a_pipeline_that_waits_is_a_block_causal_network_block_after_block():
+  size, tau = 4, jnp.float32(0.6)
+  request = greedy()
+  waits = lambda tau: policies.pipelined(size, tau, start_at=1.0, press_at=1.0)  # noqa: E731
+  net = network(block_size=size, forced=True)
+  decode = denoiser('forced', waits, net=net, blocks=diffusion.fixed_blocks(6 * size))
+  plain = denoiser(
+    'causal in fours', policies.threshold, net=network(block_size=size),
+    blocks=diffusion.fixed_blocks(size),
+  )  # fmt: skip
+  actual, expected = (run(PARAMS, request, tau) for run in (decode, plain))
+  assert_same(actual, expected)
+  np.testing.assert_array_equal(actual.stats.num_calls, expected.stats.num_calls)
+
+
+FILTERS = {
+  'confidences': lambda bias: policies.Filter(
+    jnp.zeros((WIDTH, WIDTH)), jnp.zeros(WIDTH), jnp.zeros((WIDTH, WIDTH)), jnp.full(WIDTH, bias)
+  ),
+  'pairs': lambda bias: policies.init_pair_filter(jax.random.key(0), 4)._replace(
+    outer=jnp.zeros(4), outer_bias=jnp.float32(bias)
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', FILTERS)
+def test_a_filter_that_always_says_the_same(kind):
+  decode = denoiser(f'filter of {kind}', policies.learned_filter)
+  request, tau = greedy(eos_ids=()), jnp.float32(0.5)
+  never = decode(diffusion.Params(PARAMS.target, FILTERS[kind](-9.0)), request, tau)
+  assert_same(never, one_by_one(request), counts=True)
+  always = decode(diffusion.Params(PARAMS.target, FILTERS[kind](9.0)), request, tau)
+  np.testing.assert_array_equal(always.stats.num_calls, always.stats.num_blocks)
+
+
+def test_a_filter_of_pairs_that_reads_confidences_only_is_the_threshold():
+  # Hidden units hold the positive and the negative part of the log odds; no message is heard.
+  blank = jax.tree.map(jnp.zeros_like, policies.init_pair_filter(jax.random.key(0), 2))
+  odds = blank.slot.at[2].set(jnp.array([10.0, -10.0]))
+  params = blank._replace(slot=odds, outer=jnp.array([1.0, -1.0]))
+  request, tau = greedy(eos_ids=()), jnp.float32(0.6)
+  decode = denoiser('filter of pairs', policies.learned_filter)
+  actual = decode(diffusion.Params(PARAMS.target, params), request, tau)
+  expected = denoiser('threshold', policies.threshold)(PARAMS, request, tau)
+  assert_same(actual, expected, counts=True)
+
+
+def test_a_filter_for_another_width_is_refused():
+  request = greedy(eos_ids=())
+  wrong = policies.init_filter(jax.random.key(0), WIDTH + 1)
+  for params in (wrong, ()):
+    with pytest.raises(ValueError, match='Filter of width 8'):
+      diffusion.denoise(
+        diffusion.Params(PARAMS.target, params), request, net=network(),
+        policy=policies.learned_filter(), blocks=diffusion.fixed_blocks(WIDTH),
+      )  # fmt: skip
+
+
 def test_left_to_right_is_plain_greedy_decoding():
   request = greedy(eos_ids=())
   result = denoiser('l2r', lambda: policies.llada(WIDTH, 'left_to_right'))(PARAMS, request)
@@ -297,6 +373,11 @@ def test_a_network_that_breaks_down_stops_its_row_only():
 REFUSED = {
   'blocks of another size': dict(
     net=network(block_size=4), blocks=diffusion.fixed_blocks(8), policy=policies.threshold()
+  ),
+  'parts of blocks': dict(
+    net=network(block_size=4, forced=True),
+    blocks=diffusion.fixed_blocks(6),
+    policy=policies.threshold(),
   ),
   'a mask outside': dict(
     net=diffusion.MaskedModel(bag_model(), VOCAB_SIZE), policy=policies.threshold()

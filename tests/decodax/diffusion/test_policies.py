@@ -22,6 +22,7 @@ from tests.decodax.diffusion.bag import make_request
 from tests.decodax.diffusion.bag import make_template
 
 _FILTER = policies.init_filter(jax.random.key(0), WIDTH)
+_PAIR_FILTER = policies.init_pair_filter(jax.random.key(0), 4)
 # name: (policy from its knobs, the knobs)
 POLICIES = {
   'llada': (lambda steps: policies.llada(steps), (3,)),
@@ -46,6 +47,8 @@ POLICIES = {
   'remdm_loop': (lambda: policies.remdm(9, 0.4, 'loop', loop_alpha=0.6), ()),
   'editing': (lambda fill, edit: policies.editing(fill, edit, max_post_steps=3), (0.4, 0.3)),
   'learned_filter': (policies.learned_filter, (0.6,)),
+  'pair_filter': (policies.learned_filter, (0.6,)),
+  'pipelined': (lambda tau, share: policies.pipelined(3, tau, start_at=share), (0.6, 0.3)),
 }
 SLOW = (
   'llada_random', 'llada_late', 'ancestral', 'first_hitting', 'remdm_confidence', 'remdm_loop',
@@ -58,7 +61,8 @@ def run(name, request, params=None):
   policy_fn, knobs = POLICIES[name]
   options = {'template': make_template()} if len(request.tokens) == BATCH else {}
   compiled = denoiser(f'{name} on a template', policy_fn, **options)
-  params = diffusion.Params(params or bag_params(), _FILTER)
+  brought = _PAIR_FILTER if name == 'pair_filter' else _FILTER
+  params = diffusion.Params(params or bag_params(), brought)
   return compiled(params, request, *(jnp.float32(k) if isinstance(k, float) else k for k in knobs))
 
 

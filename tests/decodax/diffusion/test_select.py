@@ -121,6 +121,19 @@ def naive_dimple(view, row):
   return slots
 
 
+def naive_pipelined(view, row):
+  open_slots, confidence, _ = row_of(view, row)
+  chosen, before, started = [], 1.0, True
+  for first in range(0, SLOTS, 3):
+    started = started and before >= 0.3
+    ours = [s for s in open_slots if first <= s < first + 3]
+    sure = [s for s in ours if confidence[s] >= 0.7]
+    if started:
+      chosen += sure or (ours[:1] if before >= 0.6 else [])
+    before = 1 - len(ours) / 3
+  return chosen
+
+
 NAIVE = {
   'threshold': (policies.threshold(0.7), naive_threshold),
   'entropy_threshold': (policies.entropy_threshold(0.6), naive_entropy_threshold),
@@ -132,6 +145,7 @@ NAIVE = {
   'dream': (policies.dream(5, 'entropy'), naive_dream),
   'maskgit': (policies.maskgit(5), naive_maskgit),
   'dimple': (policies.dimple(9, 0.95), naive_dimple),
+  'pipelined': (policies.pipelined(3, 0.7, start_at=0.3, press_at=0.6), naive_pipelined),
 }
 
 
@@ -198,6 +212,54 @@ def test_klass_waits_until_a_law_is_quiet():
     state = selection.state
     sure = np.asarray(seen.confidence) >= 0.3
     np.testing.assert_array_equal(selection.commit, sure & ready, err_msg=str(step))
+
+
+def test_a_joint_filter_bounds_the_risk_of_a_step():
+  params = policies.init_pair_filter(jax.random.key(1), 4)
+  for joint in (False, True):
+    policy, seen = policies.learned_filter(0.3, joint=joint), set()
+    for seed in SEEDS:
+      view = make_view(seed)._replace(mask_id=TOKENS)
+      logits = policies.pair_filter_logits(params, policies.gather_evidence(view))
+      chance = np.asarray(jax.nn.sigmoid(logits))
+      chosen = np.asarray(policy.select(params, (), view).commit)
+      for row in range(ROWS):
+        slots, confidence, _ = row_of(view, row)
+        wanted, risk = set(), 1.0
+        for slot in sorted(slots, key=lambda s, row=row: -chance[row, s]):
+          risk = risk * chance[row, slot] if joint else chance[row, slot]
+          if risk >= 0.3:
+            wanted.add(slot)
+        wanted = wanted or set(slots[:1])
+        assert set(np.flatnonzero(chosen[row])) == wanted
+        seen.add(len(wanted))
+    assert len(seen) > 1
+
+
+def test_evidence_is_what_two_slots_make_of_each_other():
+  view = make_view(2, sharpness=1.5)._replace(mask_id=TOKENS)
+  found = jax.jit(policies.gather_evidence)(view)
+  p, tokens = laws_of(view.logits), np.asarray(view.tokens)
+  guess = np.where(tokens == TOKENS, np.asarray(view.candidates), tokens)
+  eligible = np.asarray(view.eligible)
+  for row in range(ROWS):
+    for i in range(SLOTS):
+      chance = p[row, i, guess[row, i]]
+      wanted = [1, chance, np.log(chance / (1 - chance)) / 10, np.sort(p[row, i])[-2],
+                -(p[row, i] * np.log(p[row, i])).sum()]  # fmt: skip
+      wanted = np.array([*wanted, 0]) * eligible[row, i] + np.eye(6)[5] * eligible[row].mean()
+      np.testing.assert_allclose(found.slots[row, i], wanted, rtol=1e-4, atol=1e-5)
+      for j in range(SLOTS):
+        a, b = guess[row, i], guess[row, j]
+        same = a == b
+
+        def gives(slot, token, same=same, row=row):
+          masked = tokens[row, slot] == TOKENS
+          return max(np.log(p[row, slot, token]), -12) if masked else (0 if same else -12)
+
+        order = np.where(eligible[row], p[row].max(-1), 2)
+        wanted = [gives(i, b) / 12, gives(j, a) / 12, same, eligible[row, j], order[j] > order[i]]
+        np.testing.assert_allclose(found.pairs[row, i, j], wanted, atol=1e-5, err_msg=f'{i} {j}')
 
 
 def test_wino_reopens_less_than_it_filled():
@@ -301,6 +363,10 @@ def test_ranks_are_a_permutation_with_the_best_first():
     lambda: policies.remdm(4, variant='wave'),
     lambda: policies.editing(max_post_steps=-1),
     lambda: policies.learned_filter(-1.0),
+    lambda: policies.pipelined(0),
+    lambda: policies.pipelined(4, -1.0),
+    lambda: policies.pipelined(4, start_at=1.5),
+    lambda: policies.pipelined(4, press_at=-0.5),
   ],
 )
 def test_a_senseless_knob_is_refused(make):
