@@ -1,4 +1,4 @@
-"""What the commands that write training data share: their options, and how they end."""
+"""What small commands share: how they end, and the options of those that write training data."""
 
 import argparse
 from collections.abc import Callable

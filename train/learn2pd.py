@@ -35,6 +35,7 @@ from decodax.types import Request
 from models.diffusion import LoadedDiffusion
 from models.diffusion import load_diffusion
 from train import list_tasks
+from train.command import exit_code
 
 TINY = 'runs/tiny_diffusion/export'
 BATCH = 256  # rows of a request
@@ -58,27 +59,25 @@ class Trained(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit code."""
+  """Returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
-  try:
-    loaded = load_diffusion(args.model)
-  except (OSError, ValueError) as error:
-    print(f'learn2pd: {error}', file=sys.stderr)
-    return 2
-  if args.answers is not None:
-    write_answers(loaded, args.answers, args.num_examples, args.seed)
-    print(f'{args.num_examples} answers written to {args.answers}')
-    return 0
+  return exit_code('learn2pd', lambda: _answer(args) if args.answers is not None else _train(args))
+
+
+def _answer(args):
+  write_answers(load_diffusion(args.model), args.answers, args.num_examples, args.seed)
+  print(f'{args.num_examples} answers written to {args.answers}')
+
+
+def _train(args):
+  loaded = load_diffusion(args.model)
   traces = collect(loaded, args.num_examples, args.seed, args.block_size)
   found = fit(traces, seed=args.seed, threshold=args.threshold)
-  args.out.parent.mkdir(parents=True, exist_ok=True)
-  with args.out.open('wb') as file:
-    np.savez(file, *(np.asarray(each) for each in found.params))
+  save(args.out, found.params)
   print(
     f'{len(traces.confidence)} steps; on a tenth that was held out, at {args.threshold:g}: '
     f'precision {found.precision:.3f}, recall {found.recall:.3f}. Written to {args.out}'
   )
-  return 0
 
 
 def _parser():
@@ -97,6 +96,13 @@ def _parser():
   parser.add_argument('--threshold', type=float, default=0.96, metavar='P')
   parser.add_argument('--seed', type=int, default=1000, metavar='N', help='of the examples')
   return parser
+
+
+def save(path: pathlib.Path, params: NamedTuple) -> None:
+  """Writes a filter to a file of numpy arrays."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('wb') as file:
+    np.savez(file, *(np.asarray(each) for each in params))
 
 
 # --- Traces ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from models.diffusion import LoadedDiffusion
 from models.diffusion import load_diffusion
 from train import learn2pd
 from train import list_tasks
+from train.command import exit_code
 
 LOWEST = 0.35  # of the thresholds that canvases come from
 
@@ -64,13 +65,13 @@ class _Step(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit code."""
+  """Returns the exit code: 0, or 2 for what the user can mend."""
   args = _parser().parse_args(argv)
-  try:
-    loaded = load_diffusion(args.model)
-  except (OSError, ValueError) as error:
-    print(f'pair_filter: {error}', file=sys.stderr)
-    return 2
+  return exit_code('pair_filter', lambda: _train(args))
+
+
+def _train(args):
+  loaded = load_diffusion(args.model)
   *kept, held_out = _split(args.num_examples, args.num_rounds)
   collect = make_collector(loaded)
   fitted: PairFilter | None = None
@@ -81,13 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     fitted = fit(traces, seed=args.seed, num_steps=args.num_steps, num_messages=args.num_messages)
     print(f'round {number + 1}: {len(traces.right)} canvases', flush=True)
   assert fitted is not None
-  save(args.out, fitted)
+  learn2pd.save(args.out, fitted)
   test = collect(fitted, held_out, args.seed + 500)
   for name, score in (('the filter', score_of(fitted, test)), ('confidence alone', _odds(test))):
     found = recall_at(score, test, args.precision)
     print(f'{name}: {found:.3f} of what is final, at a precision of {args.precision:g}')
   print(f'on {held_out} answers that were held out. Written to {args.out}')
-  return 0
 
 
 def _split(num, rounds):
@@ -114,13 +114,6 @@ def _parser():
   parser.add_argument('--precision', type=float, default=0.99, metavar='P', help='to report at')
   parser.add_argument('--seed', type=int, default=5000, metavar='N', help='of the examples')
   return parser
-
-
-def save(path: pathlib.Path, params: PairFilter) -> None:
-  """Writes a filter to a file of numpy arrays."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('wb') as file:
-    np.savez(file, *(np.asarray(each) for each in params))
 
 
 # --- Canvases -------------------------------------------------------------------------------------
