@@ -57,7 +57,7 @@ TARGET = 'tiny_target'
 # In this order: a later one may start from an earlier one.
 HEADS = (
   'tiny_medusa', 'tiny_hydra', 'tiny_hydra_pp', 'tiny_eagle', 'tiny_eagle3', 'tiny_kangaroo',
-  'tiny_draft_lm', 'tiny_distillspec', 'tiny_acceptance',
+  'tiny_ppd', 'tiny_draft_lm', 'tiny_distillspec', 'tiny_acceptance',
 )  # fmt: skip
 _FREE = (
   'free drafts'  # verifies as many nodes and drafts at no cost: what drafting is compared with
@@ -253,7 +253,9 @@ def _of_head(name, target, folder, num_nodes):
   short, depth = name.removeprefix('tiny_'), num_nodes - 1
   head, count = loaded.head, _num_trained(loaded.objective, loaded.head)
   known = option_names(loaded.name)
-  variants = {short: {'num_drafts': depth}}
+  variants = {short: {'num_drafts': depth, 'num_inputs': num_nodes}}
+  if 'num_inputs' in known:  # what drafts is among the nodes, and may have as many again
+    variants |= {f'{short} {n}': {'num_inputs': n} for n in (2 * num_nodes, 4 * num_nodes)}
   if 'tree_nodes' in known:
     variants[f'{short} tree'] = {'num_drafts': depth, 'tree_nodes': num_nodes}
   if short == 'distillspec':  # the fixed lengths that a stop rule has to beat

@@ -182,8 +182,8 @@ def _check(trees, vocab_size, num_copies):
   depths = [tree.max_depth for tree in trees.trees]
   if max(depths) == 0:
     raise ValueError(
-      f'no tree is deeper than its root, there is nothing to draft; give more than '
-      f'{trees.num_inputs=}, or use plain()'
+      f'no tree is deeper than its root: there is nothing to draft with {trees.num_inputs} inputs '
+      f'and these acceptances; give more, or use plain()'
     )
   if any(depth > state for state, depth in enumerate(depths)):
     raise ValueError(f'state m has guesses for m depths, but the trees have depths {depths}')

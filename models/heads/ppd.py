@@ -95,11 +95,12 @@ def read_prompts(
   positions: jax.Array,
   mask: jax.Array,
   anchors: jax.Array,
-) -> jax.Array:
-  """Returns f[B, A, K, C, D], what the target's head multiplies at prompt tokens behind anchors.
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what the target's head multiplies, in the text and at prompt tokens behind anchors.
 
-  A prompt token sees what its anchor sees, and those of `prompt_mask`. The text is read first and
-  once, for all anchors; gradients reach the prompt tokens only.
+  They are f[B, T, D] and f[B, A, K, C, D]. A prompt token sees what its anchor sees, and those of
+  `prompt_mask`. The text is read first and once, for all anchors; gradients reach the prompt tokens
+  only.
 
   Args:
     prompts: the prompt tokens.
@@ -112,7 +113,7 @@ def read_prompts(
   config = prompts.config
   (batch_size, num_anchors), each = anchors.shape, config.num_prompts * config.num_copies
   num_rows, length = num_anchors * each, tokens.shape[1]
-  block = lax.stop_gradient(target(tokens, positions, mask)[1])
+  text, block = lax.stop_gradient(target(tokens, positions, mask))
   room = ((0, 0),) * 3 + ((0, num_rows), (0, 0))
   scratch = KVBlock(
     jnp.pad(block.keys, room),
@@ -121,20 +122,20 @@ def read_prompts(
   )
   ahead = jnp.repeat(jnp.arange(1, config.num_prompts + 1), config.num_copies)
   at = jnp.take_along_axis(positions, anchors, axis=1)[:, :, None] + ahead[None, None]
-  text = jnp.repeat(jnp.take_along_axis(mask, anchors[:, :, None], axis=1), each, axis=1)
+  before = jnp.repeat(jnp.take_along_axis(mask, anchors[:, :, None], axis=1), each, axis=1)
   own = jnp.asarray(prompt_mask(num_anchors, config.num_prompts, config.num_copies))
   own = jnp.broadcast_to(own, (batch_size, num_rows, num_rows))
   rows = target.config.vocab_size + jnp.tile(jnp.arange(each), num_anchors)
   output, _ = target(
     jnp.broadcast_to(rows, (batch_size, num_rows)),
     at.reshape(batch_size, num_rows),
-    jnp.concatenate([text, own], axis=2),
+    jnp.concatenate([before, own], axis=2),
     scratch=scratch,
     offset=length,
     embeddings=prompts.rows(),
   )
   shape = (batch_size, num_anchors, config.num_prompts, config.num_copies, config.hidden_size)
-  return output.hidden.reshape(shape)
+  return text.hidden, output.hidden.reshape(shape)
 
 
 def ppd_drafter(prompts: PromptTokens, target: Transformer, trees: PromptTrees) -> Drafter:
@@ -171,5 +172,5 @@ def ppd_expander(prompts: PromptTokens, target: Transformer):
   del prompts, target
   raise ValueError(
     'prompt tokens draft in the call that verifies, not as the head of a chain or of another tree: '
-    'use models.heads.ppd.ppd_drafter, or the method ppd-tree'
+    'use models.heads.ppd.ppd_drafter; on a command line, --methods ppd-tree'
   )

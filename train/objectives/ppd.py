@@ -64,7 +64,8 @@ def make_objective(
   def loss(head, target, tape, rng_key, step) -> Loss:
     del step
     anchors = choose_anchors(tape, rng_key, num_anchors)
-    hidden = read_prompts(head, target, tape.tokens, tape.positions, tape.mask(), anchors)
+    text, hidden = read_prompts(head, target, tape.tokens, tape.positions, tape.mask(), anchors)
+    tape = tape._replace(hidden=text)  # the same; where nothing reads the tape's it is not made
     teacher = _heads.teach(tape, target)
     depths = [
       _heads.compare_at(

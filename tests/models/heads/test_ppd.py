@@ -190,7 +190,7 @@ def test_only_prompt_tokens_learn_and_each_from_its_own_anchors():
     def read(target_state):
       prompts = nnx.merge(nnx.graphdef(head), state)
       own = nnx.merge(nnx.graphdef(target), target_state)
-      return read_prompts(prompts, own, tokens, tape.positions, tape.mask(), anchors)
+      return read_prompts(prompts, own, tokens, tape.positions, tape.mask(), anchors)[1]
 
     # The text is read without a gradient: none reaches the embeddings of its tokens.
     gradient = jax.grad(lambda target_state: read(target_state).sum())(nnx.state(target))
