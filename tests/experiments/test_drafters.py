@@ -46,6 +46,8 @@ def test_heads_are_trained_and_compared(config, tmp_path, monkeypatch, capsys): 
   assert all(row['num_failed'] == 0 for row in sampled['methods'])
   shown = capsys.readouterr().out
   assert 'medusa above ngram in tokens per call' in shown
+  assert 'tiny_ppd, depth 3: accepted by rank' in shown
+  assert len(rows['ppd']['acceptance']) == 3 and rows['ppd 8']['expected_tokens_per_call'] >= 1
   names = {path.name for path in (tmp_path / 'drafters').iterdir()}
   assert names == {'drafters.json', 'tables.md', 'drafters.png'}
   assert drafters.main([*arguments, '--train-only']) == 0  # nothing is trained twice
