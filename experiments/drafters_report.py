@@ -44,12 +44,16 @@ def cells(row: Results) -> list[str]:
   share, compared = row['draft_share'], row['compared_to_plain']
   return [
     row['name'],
-    f'{row["num_parameters"] / 1e6:.2f} M' if row['num_parameters'] else '-',
+    _count(row['num_parameters']),
     _interval(row['tokens_per_call'], row['tokens_per_call_ci']),
     '-' if share is None else f'{share:.0%}',
     _interval(row['speedup'], row['speedup_ci']),
     f'{row["identical_to_plain"]}/{compared}' if compared else 'law',
   ]
+
+
+def _count(number):
+  return f'{number / 1e6:.2f} M' if number >= 5000 else str(number or '-')
 
 
 def _interval(value, interval):
