@@ -317,7 +317,8 @@ def _score_at_width(params, state, proposal, live, model, drafter, verifier, wid
   layout = (narrow.tokens, depths, mask)
   tokens, depths, visible = layout if extra is None else _append_nodes(*layout, extra)
   positions = state.length[:, None] - 1 + depths
-  output, block = model.extend(params.target, state.cache, tokens, positions, visible)
+  options = {} if narrow.embeddings is None else {'embeddings': narrow.embeddings}
+  output, block = model.extend(params.target, state.cache, tokens, positions, visible, **options)
   own: ModelOutput = jax.tree.map(lambda a: a[:, :width], output)
   hidden = own.hidden
   if extra is not None:
@@ -342,7 +343,8 @@ def _score_at_width(params, state, proposal, live, model, drafter, verifier, wid
 def _narrow(proposal, width):
   """Returns the first `width` nodes of the proposal, and all extra nodes."""
   extra, num_nodes = proposal.extra, proposal.tokens.shape[1]
-  narrow = jax.tree.map(lambda a: a[:, :width], proposal._replace(extra=None))
+  by_node = proposal._replace(extra=None, embeddings=None)
+  narrow = jax.tree.map(lambda a: a[:, :width], by_node)._replace(embeddings=proposal.embeddings)
   if extra is None:
     return narrow
   mask = jnp.concatenate([extra.mask[:, :, :width], extra.mask[:, :, num_nodes:]], axis=2)

@@ -42,7 +42,8 @@ class Model(NamedTuple):
   Reads the cache and never writes it. Row b sees all its committed tokens and, inside the block,
   what `mask[b]` allows. With `scratch=block, offset=i32[]` the T tokens are written into an
   earlier block of N nodes at `offset`, `mask` is bool[B, T, N] over that block, and the returned
-  block is the updated one."""
+  block is the updated one. A model that drafts by prompt tokens also takes `embeddings=f[E, D]`:
+  the token V + e then stands for row e, an embedding of no token's."""
   commit: Callable[..., PyTree]
   """(cache, block, path i32[B, K], count i32[B]) -> the cache with, for each row, the first
   `count` nodes of `path` appended. Rollback is not committing."""
@@ -110,11 +111,13 @@ class Proposal(NamedTuple):
 
   tokens: jax.Array  # i32[B, N]
   parents: jax.Array  # i32[B, N] parents[:, i] < i; -1 at the root
-  valid: jax.Array  # bool[B, N] valid nodes come first, and parents of valid nodes are valid
+  valid: jax.Array  # bool[B, N] valid nodes come first, and parents of valid nodes are valid; the
+  # others are read like them, and are no candidates
   laws: jax.Array | None = None  # f32[B, N, V] logits of the law of each node's children, or None
   trusted: jax.Array | None = None  # bool[B, N] nodes to be emitted even if the target disagrees;
   # lossless verifiers do not read it
   extra: ExtraNodes | None = None  # what the drafter has the target read for it
+  embeddings: jax.Array | None = None  # f[E, D] what the tokens V + e of invalid nodes stand for
 
 
 class Verdict(NamedTuple):

@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 
 from decodax import drafters
+from decodax import static_trees
 from decodax import verifiers
 from decodax.decode import root_tokens
 from decodax.trees import chain_proposal
@@ -39,8 +40,11 @@ from experiments import drafters_report
 from experiments import measure
 from experiments.display import Display
 from experiments.display import make_console
+from experiments.laws import prompt_acceptance
 from experiments.methods import Decoder
 from models.adapter import as_model
+from models.heads.ppd import PromptTokens
+from models.heads.ppd import ppd_drafter
 from models.registry import load_model
 from models.weights import LoadedModel
 from train import packing
@@ -57,7 +61,7 @@ TARGET = 'tiny_target'
 # In this order: a later one may start from an earlier one.
 HEADS = (
   'tiny_medusa', 'tiny_hydra', 'tiny_hydra_pp', 'tiny_eagle', 'tiny_eagle3', 'tiny_kangaroo',
-  'tiny_draft_lm', 'tiny_distillspec', 'tiny_acceptance',
+  'tiny_ppd', 'tiny_draft_lm', 'tiny_distillspec', 'tiny_acceptance',
 )  # fmt: skip
 _FREE = (
   'free drafts'  # verifies as many nodes and drafts at no cost: what drafting is compared with
@@ -74,6 +78,8 @@ class Contender(NamedTuple):
   shape: str  # 'chain', 'tree' or ''
   decoder: Decoder
   verifier: Verifier
+  acceptance: list[list[float]] | None = None  # of prompt tokens by depth and rank, temperature 0
+  expected: float | None = None  # tokens/call that the trees would have with this acceptance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +126,7 @@ def _main(argv):
   names = drafters_report.write(directory, results)
   for each in found:
     console.print(drafters_report.table(each))
-  for line in drafters_report.order_lines(results):
+  for line in (*drafters_report.order_lines(results), *drafters_report.acceptance_lines(results)):
     console.print(line, markup=False, soft_wrap=True)
   console.print(f'Written to {directory}/: {", ".join(names)}', markup=False, soft_wrap=True)
   return 0
@@ -242,13 +248,16 @@ def make_contenders(
     simple('ngram', drafters.ngram(num_drafts=depth)),
   ]
   for name in heads:
-    found += _of_head(name, target, workdir / name / 'export', num_nodes)
+    found += _of_head(name, target, workdir, num_nodes)
   return found
 
 
-def _of_head(name, target, folder, num_nodes):
+def _of_head(name, target, workdir, num_nodes):
   """Yields a head as a chain, as a tree where it drafts trees, and shorter where that is asked."""
-  loaded = load_head(folder, target.transformer)
+  loaded = load_head(workdir / name / 'export', target.transformer)
+  if isinstance(loaded.head, PromptTokens):
+    yield from _of_prompts(name, loaded, target, workdir, num_nodes)
+    return
   options = dict(loaded.facts['options'])
   short, depth = name.removeprefix('tiny_'), num_nodes - 1
   head, count = loaded.head, _num_trained(loaded.objective, loaded.head)
@@ -261,15 +270,40 @@ def _of_head(name, target, folder, num_nodes):
   for label, changes in variants.items():
     changes = {key: value for key, value in changes.items() if key in known}
     objective = get_objective(loaded.name, options | changes)
-    yield _contender(label, name, count, objective, head, target)
+    assert objective.make_drafter is not None
+    drafter = objective.make_drafter(head, target.transformer)
+    yield _contender(label, name, count, objective, drafter, head, target)
 
 
-def _contender(label, name, count, objective: Objective, head, target):
+def _of_prompts(name, loaded, target, workdir, num_nodes):
+  """Yields prompt tokens with as many nodes, themselves among them, and with twice and four times.
+
+  Their trees are the best for the acceptance on the text they were trained on.
+  """
+  head, short = loaded.head, name.removeprefix('tiny_')
+  acceptance = prompt_acceptance(target, head, _training_texts(workdir), num_sites=2048)
+  for label, size in (
+    (short, num_nodes), (f'{short} {2 * num_nodes}', 2 * num_nodes),
+    (f'{short} {4 * num_nodes}', 4 * num_nodes),
+  ):  # fmt: skip
+    trees = static_trees.ppd(acceptance, size, max_prompts=head.config.num_prompts)
+    drafter = ppd_drafter(head, target.transformer, trees)
+    count = _num_trained(loaded.objective, head)
+    contender = _contender(label, name, count, loaded.objective, drafter, head, target)
+    yield contender._replace(acceptance=acceptance.tolist(), expected=trees.value)
+
+
+def _training_texts(workdir, num=24):
+  """Returns some packed rows of the training text, without their padding."""
+  corpus = packing.load_corpus(workdir / 'data')
+  rows = np.linspace(0, len(corpus.tokens) - 1, min(num, len(corpus.tokens))).astype(int)
+  return [corpus.tokens[row][corpus.segments[row] > 0].tolist() for row in rows]
+
+
+def _contender(label, name, count, objective: Objective, drafter, head, target):
   transformer = target.transformer
-  assert objective.make_drafter is not None
   taps = objective.taps(transformer.config)
   params = objective.place(nnx.state(transformer), nnx.state(head))
-  drafter = objective.make_drafter(head, transformer)
   decoder = Decoder(as_model(transformer, taps=taps), drafter, params)
   shape = 'chain' if drafter.shape.is_chain else 'tree'
   return Contender(label, name, count, shape, decoder, objective.verifier)
@@ -333,6 +367,8 @@ def compare(
         'shape': each.shape,
         'num_parameters': each.num_parameters,
         'exactness': each.verifier.exactness,
+        'acceptance': each.acceptance,
+        'expected_tokens_per_call': each.expected,
         'draft_share': max(0.0, 1 - free / _seconds_per_call(own)) if each.head else None,
         **summary,
       }

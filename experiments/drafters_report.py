@@ -44,12 +44,16 @@ def cells(row: Results) -> list[str]:
   share, compared = row['draft_share'], row['compared_to_plain']
   return [
     row['name'],
-    f'{row["num_parameters"] / 1e6:.2f} M' if row['num_parameters'] else '-',
+    _count(row['num_parameters']),
     _interval(row['tokens_per_call'], row['tokens_per_call_ci']),
     '-' if share is None else f'{share:.0%}',
     _interval(row['speedup'], row['speedup_ci']),
     f'{row["identical_to_plain"]}/{compared}' if compared else 'law',
   ]
+
+
+def _count(number):
+  return f'{number / 1e6:.2f} M' if number >= 5000 else str(number or '-')
 
 
 def _interval(value, interval):
@@ -101,6 +105,21 @@ def order_lines(results: Results) -> list[str]:
   return lines
 
 
+def acceptance_lines(results: Results) -> list[str]:
+  """Returns what the trees of prompt tokens were built for and were expected to reach."""
+  rows = [row for row in results['temperatures'][0]['methods'] if row.get('acceptance')]
+  tables = {row['head']: row['acceptance'] for row in rows}
+  lines = [
+    f'{head}, depth {depth}: accepted by rank {", ".join(f"{value:.3f}" for value in ranks)}'
+    for head, table in tables.items()
+    for depth, ranks in enumerate(table, 1)
+  ]
+  return lines + [
+    f'{row["name"]}: {row["expected_tokens_per_call"]:.2f} tokens per call expected with these'
+    for row in rows
+  ]
+
+
 def write(directory: pathlib.Path, results: Results) -> list[str]:
   """Writes drafters.json, tables.md and drafters.png; returns their names."""
   files.write_whole(directory / 'drafters.json', files.to_json(results))
@@ -121,7 +140,7 @@ def markdown(results: Results) -> str:
     parts.append('|---|---:|---:|---:|---:|---:|')
     parts += [f'| {" | ".join(cells(row))} |' for row in found['methods']]
     parts.append('')
-  parts += [f'* {line}' for line in order_lines(results)]
+  parts += [f'* {line}' for line in (*order_lines(results), *acceptance_lines(results))]
   return '\n'.join(parts) + '\n'
 
 

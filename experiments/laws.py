@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from decodax.static_trees import StaticTree
+from models.heads.ppd import PromptTokens
+from models.heads.ppd import read_prompts
 from models.weights import LoadedModel
 
 _PAD = 128  # texts are padded to multiples of it, so that few shapes are compiled
@@ -141,3 +143,68 @@ def acceptance_by_rank(
   late, early = _read_both(target, draft, texts, sites, exit_layer)
   ranked = np.argsort(-early, axis=-1, kind='stable')[:, :num_ranks]
   return np.mean(ranked == late.argmax(-1)[:, None], axis=0)
+
+
+def prompt_acceptance(
+  target: LoadedModel,
+  prompts: PromptTokens,
+  texts: Sequence[Sequence[int]],
+  *,
+  num_ranks: int = 8,
+  num_sites: int = 512,
+) -> Array:
+  """Returns f64[K, R], how often each prompt token's guess of each rank is the target's likeliest.
+
+  That is the acceptance at temperature 0 which `static_trees.ppd` asks for: of the rounds that
+  reach a depth. So a place counts at a depth only where the text goes on with the target's
+  likeliest tokens up to it, and where those were among the R guesses of the depths before.
+
+  Args:
+    target: the target.
+    prompts: K prompt tokens.
+    texts: where both are read, and drafts begin.
+    num_ranks: R.
+    num_sites: places at most, drawn from all.
+  """
+  depths = prompts.config.num_prompts
+  reached, hits = np.zeros(depths), np.zeros((depths, num_ranks))
+  for text, anchors, best, ranks in _prompt_ranks(target, prompts, texts, num_sites):
+    for anchor, found in zip(anchors, ranks, strict=True):
+      for depth, rank in enumerate(found):
+        place = anchor + 1 + depth  # its law is of the draft
+        if place >= len(text) or (depth and best[place - 1] != text[place]):
+          break
+        reached[depth] += 1
+        if rank >= num_ranks:
+          break
+        hits[depth, rank] += 1
+  return hits / np.maximum(reached, 1)[:, None]
+
+
+def _prompt_ranks(target, prompts, texts, num_sites):
+  """Yields (text, places, likeliest successor of each token, ranks i64[places, K] of drafts)."""
+  graph, params = nnx.split((target.transformer, prompts))
+  depths = jnp.arange(prompts.config.num_prompts)
+
+  @jax.jit
+  def read(params, tokens, anchors):
+    module, prompts = nnx.merge(graph, params)
+    length = tokens.shape[1]
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    text, hidden = read_prompts(
+      prompts, module, tokens, jnp.arange(length)[None], mask, anchors[None]
+    )
+    best = jnp.argmax(module.unembed(text[0]), axis=-1)
+    logits = prompts.logits(module, hidden[0])
+    wanted = best[jnp.minimum(anchors[:, None] + 1 + depths[None], length - 1)]
+    chosen = jnp.take_along_axis(logits, wanted[:, :, None], axis=2)
+    return best, jnp.sum(logits > chosen, axis=-1)
+
+  sites = choose_sites(texts, num_sites, np.random.default_rng(0))
+  places = {i: [t for j, t in sites if j == i] for i, _ in sites}
+  width = max(map(len, places.values()))
+  for i, kept in places.items():
+    tokens = np.zeros((1, -(-len(texts[i]) // _PAD) * _PAD), np.int32)
+    tokens[0, : len(texts[i])] = texts[i]
+    best, ranks = jax.device_get(read(params, tokens, np.resize(kept, width)))
+    yield texts[i], kept, best, ranks[: len(kept)]

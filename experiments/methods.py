@@ -29,9 +29,12 @@ from decodax.types import Request
 from decodax.types import Verifier
 from experiments.laws import acceptance_by_rank
 from experiments.laws import count_hits
+from experiments.laws import prompt_acceptance
 from models.adapter import as_model
 from models.heads import head_expander
 from models.heads import head_taps
+from models.heads.ppd import PromptTokens
+from models.heads.ppd import ppd_drafter
 from models.transformer import Transformer
 from models.weights import LoadedModel
 from train.export import LoadedHead
@@ -242,6 +245,7 @@ _MAX_DRAFTS = 4  # of a controlled early exit
 _TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 # Heads of a few depths draft at next to no cost: what counts is the width of the call.
 _HEAD_PATHS = ((0,), (1,), (0, 0), (1, 0))
+_PROMPT_INPUTS = 16  # drafts and prompt tokens: half of them draft, at no other cost
 
 
 def _static_tree(candidates: Candidates) -> Callable[[Setup], Decoder]:
@@ -277,6 +281,17 @@ def _sequoia(target, texts, **options) -> StaticTree:
 def _falcon(target, texts, **options) -> StaticTree:
   acceptance = np.tile(acceptance_by_rank(target, texts, **options), (_TREE.max_depth, 1))
   return static_trees.falcon(acceptance, _TREE.num_nodes, block_size=2, max_expanded=1).tree
+
+
+def _prompt_trees(setup: Setup) -> Decoder:
+  head = None if setup.head is None else setup.head.head
+  if not isinstance(head, PromptTokens):
+    raise ValueError('ppd-tree needs prompt tokens trained for the target (tiny_ppd): give --head')
+  if setup.sample_texts is None:
+    raise ValueError('ppd-tree needs texts to measure the acceptance on: Setup.sample_texts')
+  acceptance = prompt_acceptance(setup.target, head, setup.sample_texts())
+  trees = static_trees.ppd(acceptance, _PROMPT_INPUTS, max_prompts=head.config.num_prompts)
+  return _with_head(setup.target, head, ppd_drafter(head, setup.target.transformer, trees))
 
 
 def _pruned(target, texts, **options) -> StaticTree:
@@ -400,6 +415,11 @@ _ENTRIES = (
   _Entry(
     'pruned-tree', 'the nodes of a wide tree that our prompts would use most',
     _measured_tree(_pruned), Candidates.DETERMINISTIC, by_default=False,
+  ),
+  _Entry(
+    'ppd-tree', 'trained prompt tokens behind a fixed tree draft the next one in the same call',
+    _prompt_trees, Candidates.DETERMINISTIC, (verifiers.coupled, verifiers.sample_and_match),
+    needs_head=True, by_default=False,
   ),
   _Entry(
     'sampled-tree', 'a fixed tree drawn without replacement (RSD-C)',

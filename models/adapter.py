@@ -43,10 +43,10 @@ def as_model(
     del params
     return init_kv_block(depth, batch_size, config.num_kv_heads, num_nodes, config.head_dim, dtype)
 
-  def extend(params, cache, tokens, positions, mask, *, scratch=None, offset=0):
+  def extend(params, cache, tokens, positions, mask, *, scratch=None, offset=0, embeddings=None):
     return nnx.merge(graph, params)(
-      tokens, positions, mask,
-      cache=cache, scratch=scratch, offset=offset, num_layers=exit_layer, taps=taps,
+      tokens, positions, mask, cache=cache, scratch=scratch, offset=offset,
+      num_layers=exit_layer, taps=taps, embeddings=embeddings,
     )  # fmt: skip
 
   def unembed(params, hidden):

@@ -188,9 +188,12 @@ class Transformer(nnx.Module):
       None if config.tie_embeddings else nnx.Param(_normal(rngs.params(), shape[::-1], param_dtype))
     )
 
-  def embed(self, tokens: jax.Array) -> jax.Array:
-    """Returns f[B, T, D] for tokens i32[B, T]."""
+  def embed(self, tokens: jax.Array, more: jax.Array | None = None) -> jax.Array:
+    """Returns f[B, T, D] for tokens i32[B, T]; with more f[E, D] the token V + e is its row e."""
     x = self.embedding[...][tokens].astype(self.dtype)
+    if more is not None:
+      place = tokens - self.config.vocab_size
+      x = jnp.where((place >= 0)[..., None], more[jnp.maximum(place, 0)].astype(self.dtype), x)
     return x * jnp.asarray(self.config.embedding_scale, self.dtype)
 
   def unembed(self, hidden: jax.Array, tokens: jax.Array | None = None) -> jax.Array:
@@ -221,6 +224,7 @@ class Transformer(nnx.Module):
     offset: jax.Array | int = 0,
     num_layers: int | None = None,
     taps: Sequence[int] = (),
+    embeddings: jax.Array | None = None,
   ) -> tuple[ModelOutput, KVBlock]:
     """Returns (what the head multiplies and the taps, the block's keys and values).
 
@@ -234,6 +238,7 @@ class Transformer(nnx.Module):
       num_layers: run only the first layers and the final norm (early exit).
       taps: which residual streams to return as `features['layer_i']`: the one entering layer i,
         or, for i equal to the number of layers, the one leaving the last.
+      embeddings: f[E, D], rows that the tokens V + e stand for; None: there are no such tokens.
     """
     num_layers = self.config.num_layers if num_layers is None else num_layers
     graph, stacked = nnx.split(self.layers)
@@ -241,7 +246,7 @@ class Transformer(nnx.Module):
       self._run_layer, graph, stacked, self._tables(), positions, mask, cache, scratch, offset
     )
 
-    x = self.embed(tokens)
+    x = self.embed(tokens, embeddings)
     tapped = tuple(jnp.zeros_like(x) for _ in taps)
 
     def step(carry, layer):

@@ -20,6 +20,7 @@ from decodax.drafters.lookahead import lookahead
 from decodax.drafters.masked_draft import masked_draft
 from decodax.drafters.ngram import ngram
 from decodax.drafters.plain import plain
+from decodax.drafters.prompt_tokens import prompt_tokens
 from decodax.drafters.several import several_chains
 from decodax.drafters.sjd import sjd
 from decodax.drafters.static_tree import static_tree
@@ -40,6 +41,7 @@ __all__ = [
   'model_expander',
   'ngram',
   'plain',
+  'prompt_tokens',
   'sjd',
   'several_chains',
   'static_tree',

@@ -71,7 +71,10 @@ def ppd(acceptance: np.ndarray, num_inputs: int, *, max_prompts: int = 3) -> Pro
     transitions, tokens, gain, bias = _evaluate(states, policy)
     # The gain counts before the bias; it differs between states only if they never meet.
     worth = bias + 1e6 * (gain - gain.max())
-    improved = [_best_action(state, worth, num_inputs) for state in states]
+    improved = [
+      _better_action(state, worth, num_inputs, prompts)
+      for state, prompts in zip(states, policy, strict=True)
+    ]
     if all(map(np.array_equal, improved, policy)):
       break
     policy = improved
@@ -187,6 +190,22 @@ def _best_action(state: _PromptState, worth: np.ndarray, num_inputs: int) -> np.
     if node < size:
       prompts[node] = taken
   return prompts
+
+
+def _better_action(
+  state: _PromptState, worth: np.ndarray, num_inputs: int, prompts: np.ndarray
+) -> np.ndarray:
+  """The best action, or the one that was chosen before, where that is as good.
+
+  Without this, states whose best actions are equally good could change them in turns for ever.
+  """
+
+  def value(prompts):
+    size = len(prompts)
+    return state.tokens[size - 1] + state.endings[size - 1, :size] @ worth[prompts]
+
+  best = _best_action(state, worth, num_inputs)
+  return best if value(best) > value(prompts) + 1e-9 * max(abs(worth).max(), 1) else prompts
 
 
 def _evaluate(

@@ -3,7 +3,8 @@
 To add one, copy the file that is nearest: `medusa.py` (nothing carried but the last hidden state),
 `eagle.py` (one layer that goes on from its own output), `kangaroo.py` (runs a part of the target).
 A head needs an `Expander` only: chains and trees of every kind draft with it. Then name it below,
-and give it an objective and a configuration in `train/`.
+and give it an objective and a configuration in `train/`. Prompt tokens (`ppd.py`) are not run after
+the target but read by it, so they have a drafter of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from models.heads.kangaroo import Kangaroo
 from models.heads.kangaroo import kangaroo_expander
 from models.heads.medusa import Medusa
 from models.heads.medusa import medusa_expander
+from models.heads.ppd import PromptTokens
+from models.heads.ppd import ppd_expander
 from models.transformer import Transformer
 
 
@@ -67,6 +70,7 @@ HEADS: Mapping[str, HeadKind] = {
     lambda head: (head.config.exit_layer,),
     lambda head: head.config.layer.hidden_size,
   ),
+  'ppd': HeadKind(PromptTokens, ppd_expander, _no_taps, lambda head: head.config.hidden_size),
   'draft_lm': HeadKind(
     DraftLM,
     lambda head, target: draft_lm_expander(head),

@@ -358,8 +358,9 @@ def _long_run(transitions, tokens):
 @pytest.mark.parametrize(('num_inputs', 'max_prompts'), [(3, 1), (5, 1), (7, 1), (4, 2), (6, 2)])
 def test_ppd_equals_the_best_of_all_policies(num_inputs, max_prompts):
   rng = np.random.default_rng(num_inputs)
-  for _ in range(5):
-    table = rng.dirichlet(np.ones(3), size=max_prompts)[:, :2]
+  tables = [rng.dirichlet(np.ones(3), size=max_prompts)[:, :2] for _ in range(5)]
+  tables.append(np.tile([1.0, 0.0], (max_prompts, 1)))  # here many actions are equally good
+  for table in tables:
     built = static_trees.ppd(table, num_inputs, max_prompts=max_prompts)
     states = [_prompt_policies(table, d, num_inputs) for d in range(max_prompts + 1)]
     choices = np.meshgrid(*(np.arange(len(actions)) for actions in states), indexing='ij')
@@ -408,6 +409,8 @@ def test_ppd_with_certain_guesses_is_a_chain_with_all_prompts_on_its_end():
   assert built.trees[3] == static_trees.chain(3)
   np.testing.assert_array_equal(built.num_prompts[3], [0, 0, 0, 3])
   assert built.value == 4
+  # With four inputs, prompts in one round and a chain without them in the next.
+  np.testing.assert_allclose(static_trees.ppd(table, 4).value, 2.5)
 
 
 def test_ppd_value_is_reached_in_simulated_rounds():

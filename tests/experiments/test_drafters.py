@@ -24,19 +24,21 @@ def test_heads_are_trained_and_compared(config, tmp_path, monkeypatch, capsys): 
   configs = {
     'tiny_target': dataclasses.replace(config, options=OPTIONS | {'as_target': True}),
     'tiny_medusa': dataclasses.replace(head, objective='medusa', options={'num_heads': 3}),
+    'tiny_ppd': dataclasses.replace(head, objective='ppd', options={'num_anchors': 8}),
   }
   monkeypatch.setattr(drafters, 'load_config', configs.get)
   monkeypatch.setattr(drafters, '_PROMPT_LENGTH', 8)
-  arguments = ['--workdir', str(tmp_path), '--only', 'tiny_medusa', '--nodes', '4',
+  arguments = ['--workdir', str(tmp_path), '--only', 'tiny_medusa,tiny_ppd', '--nodes', '4',
                '--target-steps', '3', '--num-steps', '4', '--num-prompts', '2',
                '--max-new-tokens', '8']  # fmt: skip
   assert drafters.main(arguments) == 0
   results = json.loads((tmp_path / 'drafters' / 'drafters.json').read_text())
   steps = {name: facts['num_steps'] for name, facts in results['training'].items()}
-  assert steps == {'tiny_target': 3, 'tiny_medusa': 4}
+  assert steps == {'tiny_target': 3, 'tiny_medusa': 4, 'tiny_ppd': 4}
   greedy, sampled = results['temperatures']
   rows = {row['name']: row for row in greedy['methods']}
-  assert list(rows) == ['plain', 'free drafts', 'ngram', 'medusa', 'medusa tree']
+  assert list(rows) == ['plain', 'free drafts', 'ngram', 'medusa', 'medusa tree', 'ppd', 'ppd 8',
+                        'ppd 16']  # fmt: skip
   for row in rows.values():  # lossless: every prompt's tokens are those of plain decoding
     assert row['identical_to_plain'] == row['compared_to_plain'] == 2
   assert rows['plain']['tokens_per_call'] == 1
@@ -44,6 +46,8 @@ def test_heads_are_trained_and_compared(config, tmp_path, monkeypatch, capsys): 
   assert all(row['num_failed'] == 0 for row in sampled['methods'])
   shown = capsys.readouterr().out
   assert 'medusa above ngram in tokens per call' in shown
+  assert 'tiny_ppd, depth 3: accepted by rank' in shown
+  assert len(rows['ppd']['acceptance']) == 3 and rows['ppd 8']['expected_tokens_per_call'] >= 1
   names = {path.name for path in (tmp_path / 'drafters').iterdir()}
   assert names == {'drafters.json', 'tables.md', 'drafters.png'}
   assert drafters.main([*arguments, '--train-only']) == 0  # nothing is trained twice

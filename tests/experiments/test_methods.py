@@ -3,6 +3,7 @@
 import json
 
 from flax import nnx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,16 +30,24 @@ def with_head(setup):
   return setup._replace(head=_untrained_head(setup.target.transformer))
 
 
+@pytest.fixture(scope='module')
+def with_prompts(setup):
+  return setup._replace(head=_untrained_head(setup.target.transformer, 'ppd'))
+
+
 def _untrained_head(target, name='eagle3', **options):
-  objective = get_objective(name, options or {'taps': (1, 2, 3)})
+  if name == 'eagle3':
+    options = {'taps': (1, 2, 3)}
+  objective = get_objective(name, options)
   counts = np.zeros(target.config.vocab_size, np.int64)
   return LoadedHead(objective.init(nnx.Rngs(0), target, counts), objective, name, {})
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_a_method_is_what_its_entry_says(setup, with_head, name):
+def test_a_method_is_what_its_entry_says(setup, with_head, with_prompts, name):
   method = METHODS[name]
-  for given in (with_head,) if method.needs_head else (setup, with_head):
+  needed = with_prompts if name.startswith('ppd') else with_head
+  for given in (needed,) if method.needs_head else (setup, with_head):
     decoder = method.build(given)
     assert decoder.drafter.shape.candidates == method.candidates
     verifier = method.verifier_for(given)
@@ -146,3 +155,49 @@ def test_heads_that_come_along_are_small_and_say_what_they_are():
     assert facts['target'] == folder.name and cli.shipped_head(folder.name) == folder
     assert cli.shipped_head(folder.name.upper()) == folder
   assert cli.shipped_head('some/folder') is None
+
+
+def test_prompt_tokens_have_a_method_of_their_own(setup, with_head, with_prompts):
+  for given in (setup, with_head):
+    with pytest.raises(ValueError, match='needs prompt tokens trained for the target'):
+      METHODS['ppd-tree'].build(given)
+  with pytest.raises(ValueError, match='sample_texts'):
+    METHODS['ppd-tree'].build(with_prompts._replace(sample_texts=None))
+  with pytest.raises(ValueError, match='--methods ppd-tree'):
+    METHODS['trained-head'].build(with_prompts)
+
+
+def test_prompt_acceptance_is_that_of_reading_on(setup, with_prompts):
+  """By the book: each place alone, prompt tokens in the places of the tokens to come."""
+  target, prompts = setup.target, with_prompts.head.head
+  text = [5, 9, 11, 40, 33]
+  for _ in range(12):  # the target's own continuation, so that deep places count too
+    late, _ = laws.read_logits(target, [text], [(0, len(text) - 1)], 1)
+    text.append(int(late[0].argmax()))
+  num_ranks = 30
+  found = laws.prompt_acceptance(target, prompts, [text], num_ranks=num_ranks)
+  sites = [(0, t) for t in range(len(text))]
+  best = laws.read_logits(target, [text], sites, 1)[0].argmax(-1)
+  reached, hits = np.zeros(3), np.zeros((3, num_ranks))
+  for anchor in range(len(text) - 1):
+    laws_here = _laws_behind(target.transformer, prompts, text[: anchor + 1])
+    for depth in range(min(3, len(text) - 1 - anchor)):
+      if depth and best[anchor + depth] != text[anchor + 1 + depth]:
+        break
+      reached[depth] += 1
+      law = laws_here[depth]
+      rank = int((law > law[best[anchor + 1 + depth]]).sum())
+      if rank >= num_ranks:
+        break
+      hits[depth, rank] += 1
+  assert (hits.sum(1) > 0).all()
+  np.testing.assert_allclose(found, hits / reached[:, None])
+
+
+def _laws_behind(transformer, prompts, text):
+  """Returns f32[3, V], what three prompt tokens behind a text say."""
+  tokens = jnp.asarray([*text, *(transformer.config.vocab_size + k for k in range(3))])[None]
+  mask = jnp.tril(jnp.ones((1, tokens.shape[1], tokens.shape[1]), bool))
+  positions = jnp.arange(tokens.shape[1])[None]
+  output, _ = transformer(tokens, positions, mask, embeddings=prompts.rows())
+  return np.asarray(transformer.unembed(output.hidden[0, -3:]))

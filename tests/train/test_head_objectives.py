@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
   'eagle3': dict(steps=3),
   'kangaroo': dict(exit_layer=1),
   'draft_lm': dict(hidden_size=32, draft_vocab_size=16, divergence='forward_kl'),
+  'ppd': dict(num_copies=2, num_anchors=0),
 }
 NAMES = sorted(OPTIONS)
 NUM_DEPTHS = {'kangaroo': 1, 'draft_lm': 1}  # elsewhere 3

@@ -139,10 +139,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run(config, tmp_path, monkeypatch
   np.testing.assert_array_equal(saved['tokens'], expected.tokens)
 
 
-def test_a_head_is_decoded_exported_and_loaded(config, target_folder, tmp_path):
+@pytest.mark.parametrize(
+  ('objective', 'options'),
+  [
+    ('language_model', OPTIONS | {'num_drafts': 2}),
+    ('ppd', {'num_prompts': 2, 'num_anchors': 8}),
+  ],
+)
+def test_a_head_is_decoded_exported_and_loaded(config, target_folder, tmp_path, objective, options):
   head_config = dataclasses.replace(
     config,
-    options=OPTIONS | {'num_drafts': 2},
+    objective=objective,
+    options=options,
     target=str(target_folder),
     eval=EvalConfig(every=4, num_prompts=3, prompt_length=8, max_new_tokens=12),
   )
@@ -158,7 +166,7 @@ def test_a_head_is_decoded_exported_and_loaded(config, target_folder, tmp_path):
   checkpoints.close()
   assert run.target is not None
   loaded = export.load_head(run.workdir / 'export', run.target)
-  assert loaded.facts['step'] == best and loaded.facts['options']['num_drafts'] == 2
+  assert loaded.facts['step'] == best and loaded.facts['options'] == options
   average = _state_at(run, best).average
   _assert_same(nnx.to_pure_dict(nnx.state(loaded.head)), nnx.to_pure_dict(average))
   again = Run(

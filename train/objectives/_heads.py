@@ -92,6 +92,8 @@ def compare_at(
   vectors: jax.Array,
   ahead: int,
   divergence: Divergence | None,
+  *,
+  anchors: jax.Array | None = None,
 ) -> Depth:
   """Returns how the head's law of token t + ahead agrees with the target's.
 
@@ -102,11 +104,17 @@ def compare_at(
     vectors: f[B, T, D].
     ahead: which token row t drafts.
     divergence: between the laws; None learns the tokens of the text.
+    anchors: i32[B, A], the rows that draft, to which vectors f[B, A, ...] belong; None is all.
   """
   assert tape.hidden is not None
 
+  def at_anchors(a):
+    if anchors is None:
+      return a
+    return jnp.take_along_axis(a, anchors.reshape(*anchors.shape, *[1] * (a.ndim - 2)), axis=1)
+
   def ahead_of(x, num):
-    return jax.tree.map(lambda a: shift_left(a, num, tape.segments)[0], x)
+    return jax.tree.map(lambda a: at_anchors(shift_left(a, num, tape.segments)[0]), x)
 
   labels = ahead_of(tape.tokens, ahead)
   comparison = losses.compare(
@@ -119,7 +127,7 @@ def compare_at(
     keep=teacher.keep,
     summary=ahead_of(teacher.summary, ahead - 1),
   )
-  return Depth(comparison, supervised(tape, ahead), teacher.keep is not None)
+  return Depth(comparison, at_anchors(supervised(tape, ahead)), teacher.keep is not None)
 
 
 def total_loss(depths: Sequence[Depth], position_weights: Sequence[float] | np.ndarray) -> Loss:

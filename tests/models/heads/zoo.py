@@ -28,6 +28,8 @@ from models.heads.kangaroo import Kangaroo
 from models.heads.kangaroo import KangarooConfig
 from models.heads.medusa import Medusa
 from models.heads.medusa import MedusaConfig
+from models.heads.ppd import PromptTokens
+from models.heads.ppd import PromptTokensConfig
 from models.heads.vocabulary import make_vocabulary
 from models.transformer import Transformer
 from models.transformer import attention_site
@@ -97,6 +99,7 @@ def make_heads(target: Transformer) -> dict[str, Any]:
     ),
     'kangaroo': Kangaroo(KangarooConfig(LAYER, 2), target, rngs=rngs),
     'draft_lm': DraftLM(LAYER, rngs=rngs, vocabulary=few),
+    'ppd': PromptTokens(PromptTokensConfig(WIDTH, DEPTH, num_copies=2), target, rngs=rngs),
   }  # fmt: skip
   # An EAGLE head's state is not normed: with large weights rounding would grow from step to step.
   size = {'eagle': 0.15}
@@ -213,6 +216,23 @@ def _draft_lm_laws(head, target, tokens, length, depth):
   return jnp.stack(laws, axis=1)
 
 
+def _prompt_laws(head, target, tokens, length, depth):
+  place = jnp.arange(tokens.shape[1])[None] - (length[:, None] - 1)
+  prompted = (place >= 0) & (place < depth)
+  causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+  mask = jnp.broadcast_to(causal, (tokens.shape[0], *causal.shape))
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  index = length[:, None] - 1 + jnp.arange(depth)[None]
+  laws = []
+  for copy in range(head.config.num_copies):  # where a draft would be stands a prompt token
+    own = target.config.vocab_size + place * head.config.num_copies + copy
+    text = jnp.where(prompted, own, tokens)
+    output, _ = target(text, positions, mask, embeddings=head.rows())
+    hidden = jnp.take_along_axis(output.hidden, index[:, :, None], axis=1)
+    laws.append(target.unembed(hidden))
+  return jnp.mean(jnp.stack(laws), axis=0)
+
+
 _LAWS = {
   Medusa: _medusa_laws,
   Hydra: _hydra_laws,
@@ -220,4 +240,5 @@ _LAWS = {
   Eagle3: _recurrent_laws,
   Kangaroo: _kangaroo_laws,
   DraftLM: _draft_lm_laws,
+  PromptTokens: _prompt_laws,
 }
