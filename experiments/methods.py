@@ -524,8 +524,8 @@ def default_methods(
 ) -> list[str]:
   """Returns the names of the methods to run when none are named.
 
-  Those are chains and copies whose weights are there, by lossless rules; at temperature 0 only one
-  of each drafter, since all lossless verifiers then decide alike.
+  Those are chains, copies and the small tree of a trained head whose weights are there, by lossless
+  rules; at temperature 0 only one of each drafter, since all lossless verifiers then decide alike.
   """
   return [
     name
