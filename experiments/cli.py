@@ -166,8 +166,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--head',
     metavar='DIR',
-    help='a head trained for the model (train.main), for trained-head and for trees (for '
-    'trained-head one comes along with the default model)',
+    help='a head trained for the model (train.main), for methods that need one and for trees (for '
+    'the first one comes along with the default model)',
   )
   parser.add_argument(
     '--num-drafts', type=at_least(1), metavar='N', help="tokens drafted a round (each method's own)"
