@@ -244,7 +244,7 @@ _MAX_DRAFTS = 4  # of a controlled early exit
 # tokens costs half as much again as one of a single token; wider trees do not pay there.
 _TREE = static_trees.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 # Heads of a few depths draft at next to no cost: what counts is the width of the call.
-_HEAD_PATHS = ((0,), (1,), (0, 0), (1, 0))
+_HEAD_PATHS = ((0,), (1,), (2,), (0, 0), (1, 0))
 _PROMPT_INPUTS = 16  # drafts and prompt tokens: half of them draft, at no other cost
 
 

@@ -68,7 +68,7 @@ def test_a_head_that_comes_along_drafts_for_methods_that_need_one_only(setup, wi
   assert METHODS['static-tree'].build(shipped).params.drafter == ()  # early exit, as without
 
 
-@pytest.mark.parametrize('num_heads, num_nodes', [(1, 3), (2, 5)])
+@pytest.mark.parametrize('num_heads, num_nodes', [(1, 4), (2, 6)])
 def test_the_tree_of_a_head_is_no_deeper_than_the_head(setup, num_heads, num_nodes):
   head = _untrained_head(setup.target.transformer, 'medusa', num_heads=num_heads)
   shape = METHODS['trained-head-tree'].build(setup._replace(head=head)).drafter.shape
