@@ -42,18 +42,24 @@ def read_logits(loaded, texts, sites, exit_layer) -> tuple[Array, Array]:
     early = module.final_norm(output.features[f'layer_{exit_layer}'])
     return module.unembed(output.hidden[0, keep]), module.unembed(early[0, keep])
 
-  places = {i: [t for j, t in sites if j == i] for i, _ in sites}
-  width = max(map(len, places.values()))
   found = []
-  for i, kept in places.items():
-    tokens = np.zeros((1, -(-len(texts[i]) // _PAD) * _PAD), np.int32)
-    tokens[0, : len(texts[i])] = texts[i]
-    both = read(params, tokens, np.resize(kept, width))
+  for _, kept, tokens, padded in _by_text(texts, sites):
+    both = read(params, tokens, padded)
     found.append([np.asarray(logits)[: len(kept)] for logits in both])
   late, early = (np.concatenate(each) for each in zip(*found, strict=True))
   if not np.isfinite(late).all() or not np.isfinite(early).all():
     raise ValueError(f'{loaded.name} gives logits that are not finite')
   return late, early
+
+
+def _by_text(texts, sites):
+  """Yields (text, its places, the padded tokens i32[1, T], the places repeated to one number)."""
+  places = {i: [t for j, t in sites if j == i] for i, _ in sites}
+  width = max(map(len, places.values()))
+  for i, kept in places.items():
+    tokens = np.zeros((1, -(-len(texts[i]) // _PAD) * _PAD), np.int32)
+    tokens[0, : len(texts[i])] = texts[i]
+    yield texts[i], kept, tokens, np.resize(kept, width)
 
 
 def _read_both(target, draft, texts, sites, exit_layer) -> tuple[Array, Array]:
@@ -201,10 +207,6 @@ def _prompt_ranks(target, prompts, texts, num_sites):
     return best, jnp.sum(logits > chosen, axis=-1)
 
   sites = choose_sites(texts, num_sites, np.random.default_rng(0))
-  places = {i: [t for j, t in sites if j == i] for i, _ in sites}
-  width = max(map(len, places.values()))
-  for i, kept in places.items():
-    tokens = np.zeros((1, -(-len(texts[i]) // _PAD) * _PAD), np.int32)
-    tokens[0, : len(texts[i])] = texts[i]
-    best, ranks = jax.device_get(read(params, tokens, np.resize(kept, width)))
-    yield texts[i], kept, best, ranks[: len(kept)]
+  for text, kept, tokens, padded in _by_text(texts, sites):
+    best, ranks = jax.device_get(read(params, tokens, padded))
+    yield text, kept, best, ranks[: len(kept)]

@@ -78,10 +78,11 @@ def trained_parts(say: Callable[[str], None]) -> dict[str, Any]:
     parts['filter'] = load_filter(FILTER)
   if PAIR_FILTER.is_file():
     parts['pair filter'] = load_filter(PAIR_FILTER, PairFilter)
-  for name, folder in DISTILLED.items():
-    if (folder / 'config.json').is_file():
+  there = {name: each for name, each in DISTILLED.items() if (each / 'config.json').is_file()}
+  if there:
+    target = load_hf(RUNS / CONFIG / 'export').transformer
+    for name, folder in there.items():
       say(f'loading {folder}')
-      target = load_hf(RUNS / CONFIG / 'export').transformer
       parts[name] = nnx.state(load_head(folder, target).head)
   return parts
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from decodax import sampling
 from decodax.decode import root_tokens
 from decodax.drafters.plain import stateless_prefill
 from decodax.static_trees import PromptTrees
@@ -110,7 +110,7 @@ def prompt_tokens(
     nodes = jnp.asarray(blocks.prompts)[here, end]
     logits = jnp.take_along_axis(observation.logits, nodes[:, :, None], axis=1)
     logits = logits.reshape(-1, num_prompts, num_copies, vocab_size).mean(axis=2)
-    guesses = lax.top_k(logits, num_ranks)[1].astype(jnp.int32)
+    guesses = sampling.top_k(logits, num_ranks)[1].astype(jnp.int32)
     return PromptState(guesses, jnp.asarray(blocks.available)[here, end])
 
   return Drafter(

@@ -9,13 +9,13 @@ writes is no longer what the old network would.
 Source: Discrete Diffusion Forcing, arXiv:2508.09192, section 4.
 """
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from train import losses
 from train.objective import Loss
 from train.objective import Objective
+from train.objectives._own import copy_of
 from train.objectives.masked_diffusion import Noise
 from train.objectives.masked_diffusion import document_mask
 from train.objectives.masked_diffusion import predict
@@ -52,8 +52,7 @@ def make_objective(
   def init(rngs, target, token_counts):
     del rngs, token_counts
     assert target is not None
-    graph, state = nnx.split(target)
-    return nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    return copy_of(target)
 
   def loss(head, target, tape, rng_key, step) -> Loss:
     del step

@@ -16,7 +16,6 @@ arXiv:2503.09573, section 3; DiffuLLaMA, arXiv:2410.17891, algorithm 1; Dimple, 
 
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +24,7 @@ from models.transformer import Transformer
 from train import losses
 from train.objective import Loss
 from train.objective import Objective
+from train.objectives._own import copy_of
 from train.tape import Tape
 
 _GOLDEN = 0.6180339887498949
@@ -86,8 +86,7 @@ def make_objective(
   def init(rngs, target, token_counts):
     if from_target:
       assert target is not None
-      graph, state = nnx.split(target)
-      return nnx.merge(graph, jax.tree.map(jnp.copy, state))
+      return copy_of(target)
     config = TransformerConfig(
       vocab_size=len(token_counts) + (mask_id is None),
       hidden_size=hidden_size,
